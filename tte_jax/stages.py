@@ -1,0 +1,140 @@
+"""The Protocols between the cascade and its four stages.
+
+The cascade (`tte_jax.cascade`) sees only these. `tte_jax.client` implements them over gRPC, and
+`tte_jax.local` over the role objects in one process; the gateway and the evaluation therefore run
+the same cascade. Every method raises the types of `tte_jax.errors` and honours `timeout_s`
+(`None` = no limit) by raising `DeadlineExceededError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from tte_jax.content import (
+    NO_REASONING,
+    Content,
+    Document,
+    Metadata,
+    Reasoning,
+    Side,
+    Task,
+    Usage,
+)
+from tte_jax.filters import Filter
+
+
+@dataclass(frozen=True)
+class ReasonItem:
+    """One input of the reasoner.
+
+    Attributes:
+      content: what to reason about. For `Task.REWRITE`, the candidate.
+      side: query or document; picks the prompt's wording.
+      instruction: the caller's task description; empty = the prompt's own.
+      task: forced task; `None` = chosen from content and side.
+      query: `Task.REWRITE` only: the query in whose light the candidate is rewritten.
+      query_reasoning: `Task.REWRITE` only: the query's ECR text.
+      candidate_reasoning: `Task.REWRITE` only: the candidate's ECR text.
+    """
+
+    content: Content
+    side: Side
+    instruction: str = ""
+    task: Task | None = None
+    query: Content | None = None
+    query_reasoning: str = ""
+    candidate_reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class EmbedItem:
+    """One input of the embedder: content, its ECR text (may be empty), side and instruction."""
+
+    content: Content
+    side: Side
+    reasoning: str = ""
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A document with its embedding ([D] float32, L2-normalised) and the versions behind it."""
+
+    document: Document
+    vector: np.ndarray
+    reasoner_version: str = ""
+    embedder_version: str = ""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One first-stage result."""
+
+    id: str
+    cosine: float
+    reasoning: Reasoning = NO_REASONING
+    metadata: Metadata = field(default_factory=dict)
+
+
+class ReasonerStage(Protocol):
+    async def reason(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+    ) -> tuple[list[Reasoning], Usage]:
+        """One ECR per item, in order; at most `max_tokens` new tokens each (hard limit)."""
+        ...
+
+
+class EmbedderStage(Protocol):
+    async def embed(
+        self, items: Sequence[EmbedItem], *, dimension: int = 0, timeout_s: float | None = None
+    ) -> tuple[np.ndarray, Usage]:
+        """[B, D] float32, L2-normalised; `dimension` > 0 truncates and normalises again."""
+        ...
+
+
+class RerankerStage(Protocol):
+    async def rerank(
+        self,
+        query: str,
+        candidates: Sequence[str],
+        *,
+        instruction: str = "",
+        timeout_s: float | None = None,
+    ) -> tuple[np.ndarray, Usage]:
+        """[N] float32 P(yes) of each candidate text for the query text, in the given order."""
+        ...
+
+
+class IndexStage(Protocol):
+    async def search(
+        self,
+        vector: np.ndarray,
+        *,
+        k: int,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[list[Hit], Usage]:
+        """At most k live documents by falling cosine; ties by document id."""
+        ...
+
+    async def upsert(
+        self, entries: Sequence[IndexEntry], *, timeout_s: float | None = None
+    ) -> int:
+        """Store durably, all or nothing; returns the sequence number of the last entry."""
+        ...
+
+    async def delete(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> tuple[list[str], list[str]]:
+        """(deleted ids, unknown ids); durable when it returns."""
+        ...
+
+    async def get(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> list[Document | None]:
+        """The documents with their media, `None` where the id is unknown."""
+        ...
