@@ -147,7 +147,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one stage spent. Times are seconds; queue time is spent waiting, compute time working."""
+    """What one stage spent. Times are seconds; queue time is spent waiting, compute time working.
+
+    `wall_s` is what the caller saw, transport included; only the caller can fill it in, so a
+    stage leaves it at 0 and the cascade sets it.
+    """
 
     stage: str
     tokens_in: int = 0
@@ -156,6 +160,7 @@ class Usage:
     queue_s: float = 0.0
     compute_s: float = 0.0
     model_version: str = ""
+    wall_s: float = 0.0
 
 
 @dataclass(frozen=True)
