@@ -1,0 +1,1 @@
+"""The model families, as parameter-holding NNX modules with pure calls."""

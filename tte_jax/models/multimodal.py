@@ -1,0 +1,67 @@
+"""A decoder with an optional vision tower: the shape that all families here share."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from tte_jax.models.config import ModelConfig
+from tte_jax.models.text import KVCache, TextDecoder
+from tte_jax.models.vision import VisionTower
+
+
+class MultimodalLM(nnx.Module):
+    """Parameters and pure calls; holds no state. A plain pytree under `jax.jit`."""
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+        self.text = TextDecoder(config.text, rngs=rngs, dtype=dtype)
+        if config.vision is not None:
+            self.visual = VisionTower(config.vision, rngs=rngs, dtype=dtype)
+
+    def encode_images(
+        self,
+        patches: Float[Array, "G P C"],
+        hw: Int[Array, "G P 2"],
+        segments: Int[Array, "G P"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "V D"]:
+        """Vision features of G packs as one flat table, V = G * P / M."""
+        out = self.visual(patches, hw, segments, remat=remat)
+        return out.reshape(-1, out.shape[-1])
+
+    def forward(
+        self,
+        ids: Int[Array, "B T"],
+        *,
+        valid: Bool[Array, "B T"],
+        positions: Int[Array, "B 3 T"],
+        vis: Float[Array, "V D"] | None = None,
+        vis_idx: Int[Array, "B T"] | None = None,
+        prefix: KVCache | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Hidden states after the final norm, and the new keys and values [L B T K H].
+
+        Args:
+          ids: token ids; at vision tokens the id is ignored.
+          valid: False at padding.
+          positions: int32 position rows (time, height, width).
+          vis: table of vision features, or None for text only.
+          vis_idx: row of `vis` for each token, -1 at text.
+          prefix: cache of earlier tokens.
+          remat: trade compute for memory in the backward pass.
+        """
+        x = self.text.embed(ids)
+        if vis is not None and vis_idx is not None:
+            features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
+            x = jnp.where((vis_idx >= 0)[..., None], features, x)
+        return self.text(x, positions=positions, valid=valid, prefix=prefix, remat=remat)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token logits in float32."""
+        return self.text.logits(hidden)

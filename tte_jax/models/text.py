@@ -1,0 +1,157 @@
+"""The text decoder of Qwen2, Qwen2-VL and Qwen3: pre-norm, grouped-query attention, SwiGLU.
+
+Layers are stacked: every weight has a leading L axis and `jax.lax.scan` runs over it, so a model
+has a dozen leaves whatever its depth (dispatch cost is per leaf) and compiles one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from tte_jax.models.config import TextConfig
+from tte_jax.nn.attention import Prefix, attend
+from tte_jax.nn.norms import rms_norm
+from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of earlier tokens; a plain pytree.
+
+    Attributes:
+      k, v: [L B S K H]; B may be 1 for a prefix that a whole batch shares.
+      length: [B] int32, how many of the S places are filled. Places from `length` on are ignored,
+        whatever they hold.
+    """
+
+    k: Array
+    v: Array
+    length: Array
+
+
+class DecoderLayers(nnx.Module):
+    """The stacked layers' weights. Names end in their dimensions, after the leading L."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        c, n = config, config.layers
+
+        def normal(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (n, *shape), dtype))
+
+        def residual(*shape: int) -> nnx.Param:
+            # Writes to the residual stream start smaller, by depth (GPT-2's scheme).
+            scale = 0.02 / (2 * n) ** 0.5
+            return nnx.Param(scale * jax.random.normal(rngs.params(), (n, *shape), dtype))
+
+        def ones(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.ones((n, *shape), dtype))
+
+        self.attn_norm_d = ones(c.hidden_size)
+        self.q_dnh = normal(c.hidden_size, c.heads, c.head_dim)
+        self.k_dkh = normal(c.hidden_size, c.kv_heads, c.head_dim)
+        self.v_dkh = normal(c.hidden_size, c.kv_heads, c.head_dim)
+        if c.qkv_bias:
+            self.q_bias_nh = nnx.Param(jnp.zeros((n, c.heads, c.head_dim), dtype))
+            self.k_bias_kh = nnx.Param(jnp.zeros((n, c.kv_heads, c.head_dim), dtype))
+            self.v_bias_kh = nnx.Param(jnp.zeros((n, c.kv_heads, c.head_dim), dtype))
+        if c.qk_norm:
+            self.q_norm_h = ones(c.head_dim)
+            self.k_norm_h = ones(c.head_dim)
+        self.o_nhd = residual(c.heads, c.head_dim, c.hidden_size)
+        self.mlp_norm_d = ones(c.hidden_size)
+        self.gate_df = normal(c.hidden_size, c.intermediate_size)
+        self.up_df = normal(c.hidden_size, c.intermediate_size)
+        self.down_fd = residual(c.intermediate_size, c.hidden_size)
+
+    def weights(self) -> dict[str, Array]:
+        """The stacked arrays by name, for scanning."""
+        return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+
+
+class TextDecoder(nnx.Module):
+    """Embedding table, stacked layers, final norm and output head."""
+
+    def __init__(
+        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_vd = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
+        self.norm_d = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        if not config.tied:
+            self.head_dv = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape[::-1], dtype))
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table."""
+        return jnp.take(self.embed_vd[...], ids, axis=0)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B 3 T"],
+        valid: Bool[Array, "B T"],
+        prefix: KVCache | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Run all layers, causally.
+
+        Args:
+          x: embedded tokens (vision features already in place).
+          positions: int32 position rows (time, height, width); equal rows for text.
+          valid: False at padding, which may stand on either side or anywhere between.
+          prefix: earlier tokens that every new token may look at.
+          remat: recompute layers in the backward pass instead of keeping their activations.
+
+        Returns:
+          Hidden states after the final norm, and the new keys and values, each [L B T K H]
+          (rotated, ready to be put in a cache).
+        """
+        c = self.config
+        cos, sin = rotary_tables(positions, c.rope_axes, frequencies(c.head_dim, c.rope_theta))
+        length = x.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        mask = causal[None] & valid[:, None, :]
+        if prefix is not None:
+            places = jnp.arange(prefix.k.shape[2])
+            prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]
+
+        def layer(x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
+            w, earlier = scanned
+            h = rms_norm(x, w["attn_norm_d"], c.rms_eps)
+            q = jnp.einsum("btd,dnh->btnh", h, w["q_dnh"])
+            k = jnp.einsum("btd,dkh->btkh", h, w["k_dkh"])
+            v = jnp.einsum("btd,dkh->btkh", h, w["v_dkh"])
+            if c.qkv_bias:
+                q, k, v = q + w["q_bias_nh"], k + w["k_bias_kh"], v + w["v_bias_kh"]
+            if c.qk_norm:
+                q = rms_norm(q, w["q_norm_h"], c.rms_eps)
+                k = rms_norm(k, w["k_norm_h"], c.rms_eps)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            before = None if earlier is None else Prefix(*earlier, prefix_mask)
+            x = x + jnp.einsum(
+                "btnh,nhd->btd", attend(q, k, v, mask=mask, prefix=before), w["o_nhd"]
+            )
+            h = rms_norm(x, w["mlp_norm_d"], c.rms_eps)
+            inner = jax.nn.silu(h @ w["gate_df"]) * (h @ w["up_df"])
+            return x + inner @ w["down_fd"], (k, v)
+
+        body = jax.checkpoint(layer) if remat else layer
+        earlier = None if prefix is None else (prefix.k, prefix.v)
+        x, kv = jax.lax.scan(body, x, (self.layers.weights(), earlier))
+        return rms_norm(x, self.norm_d[...], c.rms_eps), kv
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output matrix; the transposed embedding table when tied."""
+        return self.embed_vd[...].T if self.config.tied else self.head_dv[...]
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token logits in float32."""
+        return jnp.matmul(hidden, self.head(), preferred_element_type=jnp.float32)

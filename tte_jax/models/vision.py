@@ -1,0 +1,116 @@
+"""The Qwen2-VL vision tower on packs of patches.
+
+A pack holds patches of any number of images of any sizes. What depends on the sizes (rotary
+coordinates, which patches belong together) is computed on the host by
+`tte_jax.preprocess.vision_plan` and comes in as arrays, so one executable serves every image.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tte_jax.models.config import VisionConfig
+from tte_jax.nn.attention import attend
+from tte_jax.nn.norms import layer_norm
+from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
+
+LAYER_NORM_EPS = 1e-6  # fixed in the reference implementation, not configurable
+ROTARY_THETA = 10_000.0
+
+
+class VisionBlocks(nnx.Module):
+    """The stacked blocks' weights, each with a leading L axis."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        n, e = config.depth, config.embed_dim
+        inner = int(e * config.mlp_ratio)
+        head = e // config.heads
+
+        def normal(*shape: int, scale: float = 0.02) -> nnx.Param:
+            return nnx.Param(scale * jax.random.normal(rngs.params(), (n, *shape), dtype))
+
+        def zeros(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros((n, *shape), dtype))
+
+        def ones(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.ones((n, *shape), dtype))
+
+        small = 0.02 / (2 * n) ** 0.5
+        self.norm1_e, self.norm1_bias_e = ones(e), zeros(e)
+        self.qkv_e3nh = normal(e, 3, config.heads, head)
+        self.qkv_bias_3nh = zeros(3, config.heads, head)
+        self.o_nhe, self.o_bias_e = normal(config.heads, head, e, scale=small), zeros(e)
+        self.norm2_e, self.norm2_bias_e = ones(e), zeros(e)
+        self.fc1_ef, self.fc1_bias_f = normal(e, inner), zeros(inner)
+        self.fc2_fe, self.fc2_bias_e = normal(inner, e, scale=small), zeros(e)
+
+    def weights(self) -> dict[str, Array]:
+        return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding, blocks with per-segment attention, and the merger into text space."""
+
+    def __init__(
+        self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+        e, wide = config.embed_dim, config.embed_dim * config.merged
+
+        def normal(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+
+        self.patch_ce = normal(config.patch_values, e)
+        self.blocks = VisionBlocks(config, rngs=rngs, dtype=dtype)
+        self.merge_norm_e = nnx.Param(jnp.ones((e,), dtype))
+        self.merge_norm_bias_e = nnx.Param(jnp.zeros((e,), dtype))
+        self.merge1_gg, self.merge1_bias_g = normal(wide, wide), nnx.Param(jnp.zeros((wide,), dtype))
+        self.merge2_gd = normal(wide, config.out_size)
+        self.merge2_bias_d = nnx.Param(jnp.zeros((config.out_size,), dtype))
+
+    def __call__(
+        self,
+        patches: Float[Array, "G P C"],
+        hw: Int[Array, "G P 2"],
+        segments: Int[Array, "G P"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "G P/M D"]:
+        """Encode G packs of P patches each.
+
+        Args:
+          patches: flattened patches in merge-block order (M neighbours in a row).
+          hw: row and column of each patch, int32.
+          segments: one id per image or video frame; 0 is padding and forms its own segment.
+          remat: recompute blocks in the backward pass.
+
+        Returns:
+          One feature per M patches, in order; those of padding are to be ignored.
+        """
+        c = self.config
+        x = jnp.einsum("gpc,ce->gpe", patches.astype(self.patch_ce[...].dtype), self.patch_ce[...])
+        head = c.embed_dim // c.heads
+        inverse = frequencies(head // 2, ROTARY_THETA)
+        axes = (0,) * len(inverse) + (1,) * len(inverse)
+        cos, sin = rotary_tables(jnp.swapaxes(hw, 1, 2), axes, jnp.concatenate([inverse] * 2))
+        mask = segments[:, :, None] == segments[:, None, :]
+
+        def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:
+            h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
+            qkv = jnp.einsum("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
+            x = x + jnp.einsum("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
+            h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
+            h = h @ w["fc1_ef"] + w["fc1_bias_f"]
+            h = h * jax.nn.sigmoid(1.702 * h)  # quick GELU
+            return x + h @ w["fc2_fe"] + w["fc2_bias_e"], None
+
+        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, self.blocks.weights())
+        x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
+        x = x.reshape(x.shape[0], -1, c.embed_dim * c.merged)
+        x = jax.nn.gelu(x @ self.merge1_gg[...] + self.merge1_bias_g[...], approximate=False)
+        return x @ self.merge2_gd[...] + self.merge2_bias_d[...]

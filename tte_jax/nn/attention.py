@@ -1,0 +1,90 @@
+"""Grouped-query attention: the one seam through which every model attends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Finite, so that a row without any visible key gives a uniform softmax instead of NaN: the rows of
+# padding tokens are such rows, and nothing reads them.
+MASKED = -1e30
+
+
+class Prefix(NamedTuple):
+    """Keys and values computed earlier, attended to beside the new ones without copying them.
+
+    Attributes:
+      k, v: [Bp S K H] with Bp = 1 (shared by the whole batch) or Bp = B.
+      mask: bool, broadcastable to [B T S]; True where a query may look.
+    """
+
+    k: Array
+    v: Array
+    mask: Array
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Bool[Array, "#B #T S"],
+    prefix: Prefix | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention in float32 over `prefix` and the new keys together.
+
+    The two parts share one softmax: their logits are joined along S, their values are not. With a
+    prefix of batch 1 the N candidates of a rerank all read the same arrays.
+
+        mask for T = S = 4, causal, the last token being padding:
+            k0 k1 k2 k3
+        q0   x  .  .  .
+        q1   x  x  .  .
+        q2   x  x  x  .
+        q3   x  x  x  .   (a padding row: finite, never read)
+
+    Args:
+      q, k, v: any float dtype; N is a multiple of K.
+      mask: True where the query may look.
+      prefix: earlier keys and values, or None.
+      scale: factor on the logits; default 1/sqrt(H).
+
+    Returns:
+      The attended values in q's dtype.
+    """
+    batch, length, heads, size = q.shape
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
+    scale = size**-0.5 if scale is None else scale
+    q_btkgh = (q * scale).reshape(batch, length, kv_heads, groups, size)
+    logits = _logits(q_btkgh, k, mask)
+    if prefix is None:
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    else:
+        earlier = _logits(q_btkgh, prefix.k, prefix.mask)
+        split = earlier.shape[-1]
+        weights = jax.nn.softmax(jnp.concatenate([earlier, logits], axis=-1), axis=-1)
+        weights = weights.astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights[..., split:], v)
+        if prefix.v.shape[0] == 1:
+            out += jnp.einsum("bkgts,skh->btkgh", weights[..., :split], prefix.v[0])
+        else:
+            out += jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], prefix.v)
+    return out.reshape(batch, length, heads, size)
+
+
+def _logits(q_btkgh: Array, k: Array, mask: Array) -> Array:
+    if k.shape[0] == 1 and q_btkgh.shape[0] != 1:
+        logits = jnp.einsum(
+            "btkgh,skh->bkgts", q_btkgh, k[0], preferred_element_type=jnp.float32
+        )
+    else:
+        logits = jnp.einsum(
+            "btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32
+        )
+    return jnp.where(mask[:, None, None, :, :], logits, MASKED)

@@ -1,0 +1,1 @@
+"""Hugging Face safetensors ↔ JAX: one table for both directions."""

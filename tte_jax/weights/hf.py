@@ -1,0 +1,220 @@
+"""Loading a Hugging Face model directory and writing one back.
+
+Strict in both directions: every tensor of the files is used or on the list of those that may be
+ignored, every parameter is filled, every shape agrees; all problems are reported together. Tensors
+are read slice by slice, straight to the sharding of the parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy before safetensors reads it)
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tte_jax.errors import DataLossError, NotFoundError, PreconditionError
+from tte_jax.models.config import ModelConfig
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.registry import model_config
+from tte_jax.weights.table import Entry, entries, normalise
+
+# Buffers that old checkpoints carry and that are computed, not learned.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    sharding_of: ShardingOf | None = None,
+) -> MultimodalLM:
+    """Read a model directory.
+
+    Args:
+      directory: holds `config.json` and `*.safetensors`, with or without an index file.
+      dtype: dtype of the parameters in memory, whatever the files hold.
+      sharding_of: sharding for a parameter path and shape; None = the default device.
+
+    Raises:
+      NotFoundError: directory, config or weights missing.
+      PreconditionError: unsupported family, or tensors missing, left over or misshaped (all named).
+      DataLossError: a weight file that cannot be read.
+    """
+    directory = Path(directory)
+    config = model_config(directory)
+    files = _tensor_files(directory)
+    table = entries(config)
+    abstract = nnx.eval_shape(lambda: MultimodalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, state = nnx.split(abstract)
+    pure = nnx.to_pure_dict(state)
+    handles: dict[Path, Any] = {}
+    try:
+        for path in {p for p, _ in files.values()}:
+            handles[path] = safe_open(path, "np").__enter__()
+        _check(directory, config, table, files, handles)
+        for entry in table:
+            node, leaf = _descend(pure, entry.path)
+            node[leaf] = _read(entry, node[leaf], files, handles, dtype, sharding_of)
+    except SafetensorError as e:
+        raise DataLossError(
+            f"A weight file in {str(directory)!r} is damaged ({e}). Download the model again.",
+            reason="MODEL_WEIGHTS_DAMAGED",
+        ) from e
+    finally:
+        for handle in handles.values():
+            handle.__exit__(None, None, None)
+    nnx.replace_by_pure_dict(state, pure)
+    return nnx.merge(graph, state)
+
+
+def export(
+    model: MultimodalLM,
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    file_name: str = "model.safetensors",
+) -> Path:
+    """Write the weights as one safetensors file that transformers loads; atomic.
+
+    Configuration and tokenizer files are the caller's: copy those of the source model.
+
+    Args:
+      dtype: dtype in the file; None keeps each parameter's own.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    pure = nnx.to_pure_dict(nnx.state(model))
+    tensors: dict[str, np.ndarray] = {}
+    for entry in entries(model.config):
+        node, leaf = _descend(pure, entry.path)
+        value = np.asarray(node[leaf])
+        if dtype is not None:
+            value = value.astype(dtype)
+        if entry.stacked:
+            for layer, one in enumerate(value):
+                tensors[entry.name.format(l=layer)] = entry.to_hf(one)
+        else:
+            tensors[entry.name] = entry.to_hf(value)
+    fd, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+    os.close(fd)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, directory / file_name)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return directory / file_name
+
+
+def _tensor_files(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Table name → (file, name in that file)."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        absent = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        if absent:
+            raise NotFoundError(
+                f"{str(index)!r} names files that are not there: {', '.join(absent)}."
+                " Download the model again.",
+                reason="MODEL_WEIGHTS_NOT_FOUND",
+            )
+        return {normalise(k): (directory / f, k) for k, f in weight_map.items()}
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise NotFoundError(
+            f"No *.safetensors in {str(directory)!r}. Weights in other formats must be converted"
+            " to safetensors first.",
+            reason="MODEL_WEIGHTS_NOT_FOUND",
+        )
+    found: dict[str, tuple[Path, str]] = {}
+    for path in shards:
+        try:
+            with safe_open(path, "np") as handle:
+                found.update({normalise(k): (path, k) for k in handle.keys()})  # noqa: SIM118
+        except SafetensorError as e:
+            raise DataLossError(
+                f"{str(path)!r} is not a readable safetensors file ({e}). Download it again.",
+                reason="MODEL_WEIGHTS_DAMAGED",
+            ) from e
+    return found
+
+
+def _names(entry: Entry, config: ModelConfig) -> list[str]:
+    if not entry.stacked:
+        return [entry.name]
+    vision = entry.path.startswith("visual.")
+    layers = config.vision.depth if vision and config.vision else config.text.layers
+    return [entry.name.format(l=i) for i in range(layers)]
+
+
+def _check(
+    directory: Path,
+    config: ModelConfig,
+    table: list[Entry],
+    files: dict[str, tuple[Path, str]],
+    handles: dict[Path, Any],
+) -> None:
+    expected = {name: e.hf_shape for e in table for name in _names(e, config)}
+    problems = [f"missing: {n} {list(s)}" for n, s in expected.items() if n not in files]
+    for name, (path, key) in files.items():
+        shape = tuple(handles[path].get_slice(key).get_shape())
+        if name not in expected:
+            tied_copy = name == "lm_head.weight" and config.text.tied
+            if not tied_copy and not name.endswith(IGNORED_SUFFIXES):
+                problems.append(f"unexpected: {name} {list(shape)}")
+        elif shape != expected[name]:
+            problems.append(f"shape: {name} is {list(shape)}, expected {list(expected[name])}")
+    if problems:
+        raise PreconditionError(
+            f"The weights in {str(directory)!r} do not fit its config.json"
+            f" ({len(problems)} problems):\n  " + "\n  ".join(sorted(problems)),
+            reason="MODEL_WEIGHTS_MISMATCH",
+            problems=len(problems),
+        )
+
+
+def _descend(pure: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        pure = pure[name]
+    return pure, leaf
+
+
+def _read(
+    entry: Entry,
+    target: Any,
+    files: dict[str, tuple[Path, str]],
+    handles: dict[Path, Any],
+    dtype: Any,
+    sharding_of: ShardingOf | None,
+) -> jax.Array:
+    """One parameter, read layer by layer."""
+    shape = tuple(target.shape)
+
+    def tensor(name: str, inner: tuple[int, ...]) -> np.ndarray:
+        path, key = files[name]
+        return entry.to_jax(handles[path].get_tensor(key), inner).astype(dtype)
+
+    def build(index: tuple[slice, ...]) -> np.ndarray:
+        if not entry.stacked:
+            return tensor(entry.name, shape)[index]
+        layers = range(*index[0].indices(shape[0]))
+        return np.stack([tensor(entry.name.format(l=i), shape[1:])[index[1:]] for i in layers])
+
+    sharding = sharding_of(entry.path, shape) if sharding_of else None
+    if sharding is None:
+        return jnp.asarray(build((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, build)
