@@ -1,0 +1,1 @@
+"""Messages and stubs of the tte-jax API, generated from `protos/`. See `tte.v1`."""

@@ -1,0 +1,36 @@
+"""What a request may hold. The protos' comments promise these; `servers.convert` enforces them."""
+
+from __future__ import annotations
+
+# Messages and batches
+MAX_MESSAGE_BYTES = 32 * 2**20
+MAX_BATCH_ITEMS = 64
+MAX_DELETE_IDS = 1_000
+
+# Contents
+MAX_PARTS = 16
+MAX_TEXT_CHARS = 8_192
+MAX_INSTRUCTION_CHARS = 2_048
+MAX_REASONING_CHARS = 32_768  # an ECR's text where a request carries one, and texts to rerank
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_VIDEO_FRAMES = 64
+MAX_PAGES = 10_000
+
+# Documents, metadata and filters
+MAX_ID_CHARS = 256
+MAX_METADATA_FIELDS = 64
+MAX_METADATA_KEY_CHARS = 128
+MAX_METADATA_TEXT_CHARS = 1_024
+MAX_FILTER_DEPTH = 8
+MAX_FILTER_CONDITIONS = 256
+MAX_FILTER_VALUES = 1_024
+
+# Searches
+MAX_TOP_K = 1_000
+MAX_CANDIDATES = 1_000
+MAX_REWRITE_DEPTH = 50
+MAX_RERANK_CANDIDATES = 256
+MAX_NEW_TOKENS = 4_096
+MAX_DIMENSION = 8_192
+
+DEFAULT_TOP_K = 10
