@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tte_jax.engine.buckets import MINI, longest, plan_batches, rows_bucket, smallest
+from tte_jax.errors import InvalidInputError, PreconditionError
+
+TABLE = ((1, 64), (4, 64), (16, 64), (2, 128))
+
+
+def test_smallest_rung_and_its_limit():
+    assert smallest(1, (64, 128), what="prompt") == 64
+    assert smallest(64, (128, 64), what="prompt") == 64
+    assert smallest(65, (64, 128), what="prompt") == 128
+    with pytest.raises(InvalidInputError, match="129 tokens.*at most 128") as caught:
+        smallest(129, (64, 128), what="prompt")
+    assert caught.value.reason == "TOO_LONG"
+    assert caught.value.metadata["limit"] == "128"
+
+
+@pytest.mark.parametrize(
+    ("rows", "taken"), [(1, 1), (2, 4), (3, 4), (4, 4), (5, 4), (7, 4), (8, 16), (16, 16), (40, 16)]
+)
+def test_rows_are_padded_to_at_most_twice(rows, taken):
+    assert rows_bucket(rows, (1, 4, 16)) == taken
+
+
+def test_one_large_bucket_takes_few_rows():
+    assert rows_bucket(1, (16,)) == 16
+
+
+def test_plans_cover_every_row_once_in_a_bucket_that_holds_it():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randint(1, 128) for _ in range(rng.randint(1, 60))]
+        plan = plan_batches(lengths, TABLE, what="prompt")
+        rows = [row for batch in plan for row in batch.rows]
+        assert sorted(rows) == list(range(len(lengths)))
+        for batch in plan:
+            assert batch.shape in TABLE
+            assert len(batch.rows) <= batch.shape[0]
+            assert all(lengths[row] <= batch.shape[1] for row in batch.rows)
+        # No short prompt pays for a long bucket.
+        assert all(
+            lengths[row] > 64 for batch in plan if batch.shape[1] == 128 for row in batch.rows
+        )
+
+
+def test_too_long_input_is_refused_before_anything_is_planned():
+    with pytest.raises(InvalidInputError, match="129 tokens"):
+        plan_batches([3, 129], TABLE, what="prompt")
+
+
+def test_ladder_from_tte_json():
+    ladder = MINI.replace({"prefill": [[2, 32]], "slots": 4, "new_tokens": 16, "prefix": [32]})
+    assert ladder.prefill == ((2, 32),)
+    assert ladder.cache_length == 48
+    assert ladder.embed == MINI.embed
+    assert longest(ladder.prefill) == 32
+    assert longest(()) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefil": [[1, 64]]},
+        {"prefill": [[0, 64]]},
+        {"prefill": [64]},
+        {"prefill": 64},
+        {"slots": "many"},
+        {"slots": True},
+    ],
+)
+def test_a_malformed_ladder_is_refused(changes):
+    with pytest.raises(PreconditionError, match="buckets"):
+        MINI.replace(changes)

@@ -1,0 +1,363 @@
+"""One bounded, deadline-aware queue in front of one device thread.
+
+`RequestQueue` admits requests and hands out only live ones: an entry whose deadline has passed or
+whose caller has gone is dropped before any device work. `Batcher` is a queue with a thread that
+runs batches of it; `tte_jax.engine.slots` puts the same queue in front of the decode loop.
+
+Futures are `concurrent.futures.Future`s (wrap them with `asyncio.wrap_future`). They stay pending
+while their work runs, so that a caller can cancel at any time; whoever completes one does it
+through `complete`, which does nothing when the caller was faster.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from tte_jax.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidInputError,
+    OverloadedError,
+    TteError,
+    UnavailableError,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request in the queue.
+
+    Attributes:
+      payload: what the runner gets.
+      cost: tokens it will put through the model; the queue's bound counts these.
+      group: entries are batched only with entries of an equal group.
+      deadline: `time.monotonic()` instant after which nobody wants the result; None = never.
+      future: completed with the result or an error of `tte_jax.errors`.
+      queued_at: when it was admitted (`time.monotonic()`).
+      started_at: when it left the queue; 0 while it waits.
+    """
+
+    payload: Any
+    cost: int = 1
+    group: Hashable = None
+    deadline: float | None = None
+    future: Future[Any] = field(default_factory=Future)
+    queued_at: float = 0.0
+    started_at: float = 0.0
+
+    @property
+    def queue_s(self) -> float:
+        return max(self.started_at - self.queued_at, 0.0)
+
+    @property
+    def dead(self) -> bool:
+        return self.future.done()
+
+
+@dataclass
+class QueueStats:
+    """Counters since the start; a reader may see them one entry late."""
+
+    admitted: int = 0
+    rejected: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    completed: int = 0
+    failed: int = 0
+    batches: int = 0
+
+
+def complete(
+    future: Future[Any], *, result: Any = None, error: BaseException | None = None
+) -> bool:
+    """Completes a future unless somebody has done so already; returns whether it was us."""
+    try:
+        if future.done():
+            return False
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        return True
+    except InvalidStateError:  # cancelled between the check and the call
+        return False
+
+
+class RequestQueue:
+    """A FIFO bounded in entries and in tokens. Thread-safe."""
+
+    def __init__(self, *, max_entries: int = 1024, max_cost: int = 262_144) -> None:
+        self._max_entries = max_entries
+        self._max_cost = max_cost
+        self._entries: deque[Entry] = deque()
+        self._cost = 0
+        self._seconds_per_token = 0.0
+        self._closed = False
+        self._changed = threading.Condition()
+        self.stats = QueueStats()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def queued_cost(self) -> int:
+        return self._cost
+
+    def put(self, entries: Sequence[Entry], *, wait: bool = False) -> None:
+        """Admits all entries or none of them.
+
+        Args:
+          entries: a request of one or several entries; both meet the same bound.
+          wait: block until there is room instead of raising `OverloadedError`; for callers in
+            the same process who have nothing better to do.
+
+        Raises:
+          OverloadedError: no room now; `retry_after_s` estimates when there will be.
+          InvalidInputError: the request alone is larger than the whole queue.
+          UnavailableError: the queue is closed.
+        """
+        cost = sum(e.cost for e in entries)
+        if len(entries) > self._max_entries or cost > self._max_cost:
+            raise InvalidInputError(
+                f"one request of {len(entries)} inputs ({cost} tokens) is more than the whole "
+                f"queue holds ({self._max_entries} inputs, {self._max_cost} tokens); "
+                "send several smaller requests",
+                reason="BATCH_TOO_LARGE",
+            )
+        with self._changed:
+            while not self._closed and not self._fits(len(entries), cost):
+                self._drop_dead()
+                if self._fits(len(entries), cost):
+                    break
+                if not wait:
+                    self.stats.rejected += len(entries)
+                    raise OverloadedError(
+                        f"the queue is full ({len(self._entries)} inputs, {self._cost} tokens "
+                        "waiting); try again later",
+                        retry_after_s=self._drain_time(),
+                    )
+                # Woken early by every take; the timeout lets expired entries make room.
+                self._changed.wait(0.1)
+            if self._closed:
+                raise UnavailableError("the model is shutting down; try another replica")
+            now = time.monotonic()
+            for entry in entries:
+                entry.queued_at = now
+                self._entries.append(entry)
+            self._cost += cost
+            self.stats.admitted += len(entries)
+            self._changed.notify_all()
+
+    def take(
+        self,
+        *,
+        max_entries: int,
+        max_cost: int | None = None,
+        block: bool = True,
+        same_group: bool = True,
+    ) -> list[Entry]:
+        """The oldest live entry and those that may run with it, in order of arrival.
+
+        Returns an empty list when nothing waits (`block=False`) or the queue was closed.
+        """
+        with self._changed:
+            while True:
+                self._drop_dead()
+                if self._entries or not block or self._closed:
+                    break
+                self._changed.wait()
+            taken: list[Entry] = []
+            cost = 0
+            now = time.monotonic()
+            rest: deque[Entry] = deque()
+            for entry in self._entries:
+                fits = len(taken) < max_entries and (
+                    not taken
+                    or (
+                        (not same_group or entry.group == taken[0].group)
+                        and (max_cost is None or cost + entry.cost <= max_cost)
+                    )
+                )
+                if fits:
+                    entry.started_at = now
+                    cost += entry.cost
+                    taken.append(entry)
+                else:
+                    rest.append(entry)
+            if taken:
+                self._entries = rest
+                self._cost -= cost
+                self._changed.notify_all()
+            return taken
+
+    def ran(self, cost: int, seconds: float) -> None:
+        """Reports that `cost` tokens took `seconds`; the base of `retry_after_s`."""
+        if cost > 0:
+            rate = seconds / cost
+            old = self._seconds_per_token
+            self._seconds_per_token = rate if old == 0.0 else 0.8 * old + 0.2 * rate
+
+    def wake(self) -> None:
+        """Lets a blocked `take` look again, for instance after a cancellation."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> list[Entry]:
+        """Admits nothing more; returns what still waited."""
+        with self._changed:
+            self._closed = True
+            left = list(self._entries)
+            self._entries.clear()
+            self._cost = 0
+            self._changed.notify_all()
+            return left
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _fits(self, entries: int, cost: int) -> bool:
+        return (
+            len(self._entries) + entries <= self._max_entries
+            and self._cost + cost <= self._max_cost
+        )
+
+    def _drain_time(self) -> float:
+        return min(max(self._cost * self._seconds_per_token, 0.1), 30.0)
+
+    def _drop_dead(self) -> None:
+        now = time.monotonic()
+        live: deque[Entry] = deque()
+        for entry in self._entries:
+            if entry.dead:
+                self.stats.cancelled += 1
+            elif entry.deadline is not None and now >= entry.deadline:
+                self.stats.expired += 1
+                waited = now - entry.queued_at
+                complete(
+                    entry.future,
+                    error=DeadlineExceededError(
+                        f"the deadline passed after {waited:.3f} s in the queue; nothing was run"
+                    ),
+                )
+            else:
+                live.append(entry)
+                continue
+            self._cost -= entry.cost
+        if len(live) != len(self._entries):
+            self._entries = live
+            self._changed.notify_all()
+
+
+class Batcher:
+    """Runs batches of a queue on one thread of its own.
+
+    The runner gets the entries of one group and returns one result per entry, in order. A result
+    that is an exception fails that entry alone. If the runner raises, the batch is cut in two and
+    each half is tried again, down to the entry at fault: its batch-mates still get their answers.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Entry]], Sequence[Any]],
+        *,
+        max_batch: int,
+        max_batch_cost: int | None = None,
+        queue: RequestQueue | None = None,
+        name: str = "device",
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._max_batch_cost = max_batch_cost
+        self.queue = RequestQueue() if queue is None else queue
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        payloads: Sequence[Any],
+        *,
+        costs: Sequence[int] | None = None,
+        group: Hashable = None,
+        deadline: float | None = None,
+        wait: bool = False,
+    ) -> list[Future[Any]]:
+        """Queues the payloads as one request (all or none) and returns a future for each.
+
+        Raises: as `RequestQueue.put`.
+        """
+        entries = [
+            Entry(p, cost=costs[i] if costs else 1, group=group, deadline=deadline)
+            for i, p in enumerate(payloads)
+        ]
+        self.queue.put(entries, wait=wait)
+        return [e.future for e in entries]
+
+    def close(self, timeout_s: float | None = 10.0) -> None:
+        """Finishes the running batch, fails what waits with `UnavailableError`, ends the thread."""
+        for entry in self.queue.close():
+            complete(entry.future, error=UnavailableError("the model is shutting down"))
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                entries = self.queue.take(
+                    max_entries=self._max_batch, max_cost=self._max_batch_cost
+                )
+                if not entries:
+                    if self.queue.closed:
+                        return
+                    continue
+                self._run_isolated(entries)
+            except Exception:  # a defect here must not end the thread that everybody waits for
+                log.exception("the device thread survived an unexpected error")
+
+    def _run_isolated(self, entries: list[Entry]) -> None:
+        entries = [e for e in entries if not e.dead]
+        if not entries:
+            return
+        start = time.monotonic()
+        try:
+            results = list(self._run(entries))
+            if len(results) != len(entries):
+                raise InternalError(
+                    f"the runner returned {len(results)} results for {len(entries)} inputs"
+                )
+        except Exception as error:
+            if len(entries) > 1:
+                half = len(entries) // 2
+                self._run_isolated(entries[:half])
+                self._run_isolated(entries[half:])
+                return
+            if not isinstance(error, TteError):
+                log.exception("a request failed on the device")
+            results = [_as_tte(error)]
+        self.queue.stats.batches += 1
+        self.queue.ran(sum(e.cost for e in entries), time.monotonic() - start)
+        for entry, result in zip(entries, results, strict=True):
+            if isinstance(result, BaseException):
+                self.queue.stats.failed += 1
+                complete(entry.future, error=_as_tte(result))
+            else:
+                self.queue.stats.completed += 1
+                complete(entry.future, result=result)
+
+
+def _as_tte(error: BaseException) -> TteError:
+    if isinstance(error, TteError):
+        return error
+    # Callers may be on another machine: the log has the cause, the message has no internals.
+    internal = InternalError("the model failed on this input; the server's log has the cause")
+    internal.__cause__ = error
+    return internal

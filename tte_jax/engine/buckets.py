@@ -1,0 +1,174 @@
+"""Which static shapes a process serves, and which of them a batch runs in. Pure functions.
+
+A bucket is a shape that was compiled at warm-up. Rows and tokens are padded up to it, so the cost
+of a batch is the bucket's size, not the input's: `plan_batches` therefore keeps inputs of about
+the same length together and never pads a batch to more than twice its rows when a smaller bucket
+exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tte_jax.errors import InvalidInputError, PreconditionError
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """The ladder of one model directory; every entry is one executable.
+
+    Attributes:
+      images: (G, P): G images at a time, each of at most P patches. Groups keep attention cost
+        linear in the number of images, where one long packed row would make it quadratic.
+      prefill: (b, T): b prompts of at most T tokens, written into decode slots.
+      embed: (b, T): b whole sequences of at most T tokens.
+      prefix: S: tokens of a shared prefix (one query) of the reranker.
+      score: (N, T): N candidates of at most T tokens behind one prefix.
+      slots: how many sequences decode together.
+      new_tokens: the largest token budget of one reasoning.
+      decode_steps: tokens per slot and dispatch; also how late a cancellation is seen.
+    """
+
+    images: tuple[Shape, ...] = ()
+    prefill: tuple[Shape, ...] = ()
+    embed: tuple[Shape, ...] = ()
+    prefix: tuple[int, ...] = ()
+    score: tuple[Shape, ...] = ()
+    slots: int = 16
+    new_tokens: int = 96
+    decode_steps: int = 8
+
+    @property
+    def cache_length(self) -> int:
+        """S of the decode cache: the longest prompt and the largest budget."""
+        return max((t for _, t in self.prefill), default=0) + self.new_tokens
+
+    def replace(self, changes: Mapping[str, Any]) -> Buckets:
+        """A copy with the given entries, as they stand in a model's `tte.json` (lists of lists).
+
+        Raises:
+          PreconditionError: an unknown key, or a size that is not a positive integer.
+        """
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key, value in changes.items():
+            if key not in known:
+                raise PreconditionError(
+                    f"buckets: unknown entry {key!r}; known are {', '.join(known)}"
+                )
+            known[key] = _parse(key, value, like=known[key])
+        return Buckets(**known)
+
+
+MINI = Buckets(
+    images=((1, 64), (8, 64)),
+    prefill=((1, 64), (16, 64), (4, 128)),
+    embed=((1, 128), (16, 128), (2, 256)),
+    prefix=(128,),
+    score=((16, 64), (16, 128)),
+)
+"""Models of a few million parameters over 112 x 112 pixel images, on CPU cores."""
+
+FULL = Buckets(
+    images=((1, 1024), (4, 1024), (1, 4096)),
+    prefill=((1, 512), (4, 1024), (1, 2048)),
+    embed=((1, 512), (8, 1024), (2, 2560)),
+    prefix=(512, 1024),
+    score=((16, 512), (8, 1024)),
+    slots=16,
+    new_tokens=512,
+)
+"""Real checkpoints (2B, 7B) on an accelerator."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`rows` (indices into the caller's list) run in the bucket `shape` = (rows, tokens)."""
+
+    shape: Shape
+    rows: tuple[int, ...]
+
+
+def smallest(size: int, ladder: Iterable[int], *, what: str, field: str = "") -> int:
+    """The smallest rung that holds `size`.
+
+    Raises:
+      InvalidInputError: `size` is above the largest rung; the message names both.
+    """
+    rungs = sorted(set(ladder))
+    for rung in rungs:
+        if size <= rung:
+            return rung
+    limit = rungs[-1] if rungs else 0
+    raise InvalidInputError(
+        f"{what}: {size} tokens, but this model is served with at most {limit}; "
+        "shorten the input, or serve it with larger `buckets` in its tte.json",
+        field=field,
+        reason="TOO_LONG",
+        tokens=size,
+        limit=limit,
+    )
+
+
+def longest(table: Iterable[Shape]) -> int:
+    """The largest token (or patch) count of a table of shapes; 0 when it is empty."""
+    return max((t for _, t in table), default=0)
+
+
+def plan_batches(lengths: Sequence[int], table: Sequence[Shape], *, what: str) -> list[Batch]:
+    """Cuts inputs of the given lengths into batches of bucket shapes, shortest inputs first.
+
+    An input goes to the smallest T that holds it. Rows are filled from the largest row count
+    down; the remainder takes a larger bucket than it needs only if that is at least half full.
+
+    Raises:
+      InvalidInputError: an input is longer than every bucket.
+    """
+    by_tokens: dict[int, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        tokens = smallest(lengths[row], (t for _, t in table), what=what)
+        by_tokens.setdefault(tokens, []).append(row)
+    batches = []
+    for tokens, rows in by_tokens.items():
+        counts = sorted(b for b, t in table if t == tokens)
+        while rows:
+            count = rows_bucket(len(rows), counts)
+            batches.append(Batch((count, tokens), tuple(rows[:count])))
+            rows = rows[count:]
+    return batches
+
+
+def rows_bucket(rows: int, counts: Sequence[int]) -> int:
+    """How many of `rows` the next batch takes: the padded row count it runs in.
+
+    `counts` is ascending. A count above `rows` is taken only if at least half of it is used or
+    nothing smaller exists.
+    """
+    fitting = [b for b in counts if b <= rows]
+    above = next((b for b in counts if b > rows), None)
+    if above is not None and (not fitting or (2 * rows >= above and fitting[-1] < rows)):
+        return above
+    return fitting[-1]
+
+
+def _parse(key: str, value: Any, *, like: Any) -> Any:
+    def positive(x: Any) -> int:
+        if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+            raise PreconditionError(
+                f"buckets.{key}: sizes are positive integers, but {x!r} was given"
+            )
+        return x
+
+    if isinstance(like, int):
+        return positive(value)
+    if not isinstance(value, list | tuple):
+        raise PreconditionError(f"buckets.{key}: expected a list, got {value!r}")
+    if key == "prefix":
+        return tuple(positive(x) for x in value)
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise PreconditionError(f"buckets.{key}: expected pairs [rows, tokens], got {pair!r}")
+    return tuple((positive(a), positive(b)) for a, b in value)
