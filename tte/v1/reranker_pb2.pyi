@@ -91,8 +91,8 @@ class MiningRules(_message.Message):
     PERCENT_OF_POSITIVE_FIELD_NUMBER: _builtins.int
     NEGATIVES_FIELD_NUMBER: _builtins.int
     percent_of_positive: _builtins.float
-    """A candidate is kept when its score < percent_of_positive x the positive's score; one above it
-    is probably an unlabelled positive and is dropped. In (0, 1]; default 1.
+    """A candidate is kept when its score < percent_of_positive x the positive's score; one at or
+    above it is probably an unlabelled positive and is dropped. In (0, 1]; default 1.
     """
     negatives: _builtins.int
     """How many of the hardest (highest-scored) survivors are returned, 1 to 64. Default 7. Fewer come

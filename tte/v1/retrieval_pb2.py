@@ -29,7 +29,7 @@ from tte.v1 import filter_pb2 as tte_dot_v1_dot_filter__pb2
 from tte.v1 import usage_pb2 as tte_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tte/v1/retrieval.proto\x12\x06tte.v1\x1a\x13tte/v1/budget.proto\x1a\x14tte/v1/content.proto\x1a\x15tte/v1/document.proto\x1a\x13tte/v1/filter.proto\x1a\x12tte/v1/usage.proto\"U\n\rSearchInclude\x12\x0e\n\x06scores\x18\x01 \x01(\x08\x12\x12\n\nreasonings\x18\x02 \x01(\x08\x12\x0e\n\x06usages\x18\x03 \x01(\x08\x12\x10\n\x08metadata\x18\x04 \x01(\x08\"\xca\x01\n\rSearchRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x1e\n\x06\x62udget\x18\x05 \x01(\x0b\x32\x0e.tte.v1.Budget\x12&\n\x07include\x18\x06 \x01(\x0b\x32\x15.tte.v1.SearchIncludeB\x08\n\x06_top_k\"\x9c\x02\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x06\x63osine\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x06rerank\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12$\n\treasoning\x18\x04 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\"\n\x07rewrite\x18\x05 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\x31\n\x08metadata\x18\x06 \x03(\x0b\x32\x1f.tte.v1.Candidate.MetadataEntry\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\x42\t\n\x07_cosineB\t\n\x07_rerank\"=\n\x0b\x44\x65gradation\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xdc\x01\n\x0eSearchResponse\x12\"\n\x05stage\x18\x01 \x01(\x0e\x32\x13.tte.v1.SearchStage\x12%\n\ncandidates\x18\x02 \x03(\x0b\x32\x11.tte.v1.Candidate\x12*\n\x0fquery_reasoning\x18\x03 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\x1d\n\x06usages\x18\x04 \x03(\x0b\x32\r.tte.v1.Usage\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12%\n\x08\x64\x65graded\x18\x06 \x03(\x0b\x32\x13.tte.v1.Degradation\"\x85\x02\n\rIngestRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x35\n\x08metadata\x18\x03 \x03(\x0b\x32#.tte.v1.IngestRequest.MetadataEntry\x12\x13\n\x0binstruction\x18\x04 \x01(\t\x12\x1d\n\x10reasoning_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\x42\x13\n\x11_reasoning_tokens\"H\n\x15IngestAcknowledgement\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\tunchanged\x18\x03 \x01(\x08\"K\n\rIngestFailure\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\"[\n\x0eIngestProgress\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x04\x12\x11\n\tunchanged\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\"\xc8\x01\n\x0eIngestResponse\x12\x38\n\x0f\x61\x63knowledgement\x18\x01 \x01(\x0b\x32\x1d.tte.v1.IngestAcknowledgementH\x00\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x15.tte.v1.IngestFailureH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x16.tte.v1.IngestProgress\x12\x1d\n\x06usages\x18\x04 \x03(\x0b\x32\r.tte.v1.UsageB\t\n\x07outcome\"4\n\x12GetDocumentRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nomit_media\x18\x02 \x01(\x08\"9\n\x13GetDocumentResponse\x12\"\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x10.tte.v1.Document\"%\n\x16\x44\x65leteDocumentsRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"C\n\x17\x44\x65leteDocumentsResponse\x12\x13\n\x0b\x64\x65leted_ids\x18\x01 \x03(\t\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t*~\n\x0bSearchStage\x12\x1c\n\x18SEARCH_STAGE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEARCH_STAGE_RETRIEVED\x10\x01\x12\x1a\n\x16SEARCH_STAGE_REWRITTEN\x10\x02\x12\x19\n\x15SEARCH_STAGE_RERANKED\x10\x03\x32\xa6\x02\n\x10RetrievalService\x12\x39\n\x06Search\x12\x15.tte.v1.SearchRequest\x1a\x16.tte.v1.SearchResponse0\x01\x12;\n\x06Ingest\x12\x15.tte.v1.IngestRequest\x1a\x16.tte.v1.IngestResponse(\x01\x30\x01\x12\x46\n\x0bGetDocument\x12\x1a.tte.v1.GetDocumentRequest\x1a\x1b.tte.v1.GetDocumentResponse\x12R\n\x0f\x44\x65leteDocuments\x12\x1e.tte.v1.DeleteDocumentsRequest\x1a\x1f.tte.v1.DeleteDocumentsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tte/v1/retrieval.proto\x12\x06tte.v1\x1a\x13tte/v1/budget.proto\x1a\x14tte/v1/content.proto\x1a\x15tte/v1/document.proto\x1a\x13tte/v1/filter.proto\x1a\x12tte/v1/usage.proto\"D\n\rSearchInclude\x12\x0e\n\x06scores\x18\x01 \x01(\x08\x12\x12\n\nreasonings\x18\x02 \x01(\x08\x12\x0f\n\x07timings\x18\x03 \x01(\x08\"\xca\x01\n\rSearchRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x1e\n\x06\x62udget\x18\x05 \x01(\x0b\x32\x0e.tte.v1.Budget\x12&\n\x07include\x18\x06 \x01(\x0b\x32\x15.tte.v1.SearchIncludeB\x08\n\x06_top_k\"\x9c\x02\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x06\x63osine\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x06rerank\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12$\n\treasoning\x18\x04 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\"\n\x07rewrite\x18\x05 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\x31\n\x08metadata\x18\x06 \x03(\x0b\x32\x1f.tte.v1.Candidate.MetadataEntry\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\x42\t\n\x07_cosineB\t\n\x07_rerank\"=\n\x0b\x44\x65gradation\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xdc\x01\n\x0eSearchResponse\x12\"\n\x05stage\x18\x01 \x01(\x0e\x32\x13.tte.v1.SearchStage\x12%\n\ncandidates\x18\x02 \x03(\x0b\x32\x11.tte.v1.Candidate\x12*\n\x0fquery_reasoning\x18\x03 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12\x1d\n\x06usages\x18\x04 \x03(\x0b\x32\r.tte.v1.Usage\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12%\n\x08\x64\x65graded\x18\x06 \x03(\x0b\x32\x13.tte.v1.Degradation\"p\n\rIngestOptions\x12\x1d\n\x10reasoning_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x16\n\x0eredo_unchanged\x18\x03 \x01(\x08\x42\x13\n\x11_reasoning_tokens\"\xbe\x01\n\x0eIngestDocument\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x36\n\x08metadata\x18\x03 \x03(\x0b\x32$.tte.v1.IngestDocument.MetadataEntry\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\"m\n\rIngestRequest\x12(\n\x07options\x18\x01 \x01(\x0b\x32\x15.tte.v1.IngestOptionsH\x00\x12*\n\x08\x64ocument\x18\x02 \x01(\x0b\x32\x16.tte.v1.IngestDocumentH\x00\x42\x06\n\x04kind\"M\n\rIngestFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"x\n\x0cIngestResult\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\n\n\x02id\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0e\x32\x13.tte.v1.IngestState\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x15.tte.v1.IngestFailure\"S\n\x0eIngestProgress\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x01(\x04\x12\x0f\n\x07skipped\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\"\xa1\x01\n\x0eIngestResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.tte.v1.IngestResult\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x16.tte.v1.IngestProgress\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x1d\n\x06usages\x18\x04 \x03(\x0b\x32\r.tte.v1.Usage\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\"4\n\x12GetDocumentRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nomit_media\x18\x02 \x01(\x08\"9\n\x13GetDocumentResponse\x12\"\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x10.tte.v1.Document\"%\n\x16\x44\x65leteDocumentsRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"C\n\x17\x44\x65leteDocumentsResponse\x12\x13\n\x0b\x64\x65leted_ids\x18\x01 \x03(\t\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t*\x80\x01\n\x0bSearchStage\x12\x1c\n\x18SEARCH_STAGE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SEARCH_STAGE_FIRST_STAGE\x10\x01\x12\x1a\n\x16SEARCH_STAGE_REWRITTEN\x10\x02\x12\x19\n\x15SEARCH_STAGE_RERANKED\x10\x03*w\n\x0bIngestState\x12\x1c\n\x18INGEST_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13INGEST_STATE_STORED\x10\x01\x12\x18\n\x14INGEST_STATE_SKIPPED\x10\x02\x12\x17\n\x13INGEST_STATE_FAILED\x10\x03\x32\xa6\x02\n\x10RetrievalService\x12\x39\n\x06Search\x12\x15.tte.v1.SearchRequest\x1a\x16.tte.v1.SearchResponse0\x01\x12;\n\x06Ingest\x12\x15.tte.v1.IngestRequest\x1a\x16.tte.v1.IngestResponse(\x01\x30\x01\x12\x46\n\x0bGetDocument\x12\x1a.tte.v1.GetDocumentRequest\x1a\x1b.tte.v1.GetDocumentResponse\x12R\n\x0f\x44\x65leteDocuments\x12\x1e.tte.v1.DeleteDocumentsRequest\x1a\x1f.tte.v1.DeleteDocumentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,42 +38,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CANDIDATE_METADATAENTRY']._loaded_options = None
   _globals['_CANDIDATE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_INGESTREQUEST_METADATAENTRY']._loaded_options = None
-  _globals['_INGESTREQUEST_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_SEARCHSTAGE']._serialized_start=1938
-  _globals['_SEARCHSTAGE']._serialized_end=2064
+  _globals['_INGESTDOCUMENT_METADATAENTRY']._loaded_options = None
+  _globals['_INGESTDOCUMENT_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_SEARCHSTAGE']._serialized_start=2079
+  _globals['_SEARCHSTAGE']._serialized_end=2207
+  _globals['_INGESTSTATE']._serialized_start=2209
+  _globals['_INGESTSTATE']._serialized_end=2328
   _globals['_SEARCHINCLUDE']._serialized_start=141
-  _globals['_SEARCHINCLUDE']._serialized_end=226
-  _globals['_SEARCHREQUEST']._serialized_start=229
-  _globals['_SEARCHREQUEST']._serialized_end=431
-  _globals['_CANDIDATE']._serialized_start=434
-  _globals['_CANDIDATE']._serialized_end=718
-  _globals['_CANDIDATE_METADATAENTRY']._serialized_start=626
-  _globals['_CANDIDATE_METADATAENTRY']._serialized_end=696
-  _globals['_DEGRADATION']._serialized_start=720
-  _globals['_DEGRADATION']._serialized_end=781
-  _globals['_SEARCHRESPONSE']._serialized_start=784
-  _globals['_SEARCHRESPONSE']._serialized_end=1004
-  _globals['_INGESTREQUEST']._serialized_start=1007
-  _globals['_INGESTREQUEST']._serialized_end=1268
-  _globals['_INGESTREQUEST_METADATAENTRY']._serialized_start=626
-  _globals['_INGESTREQUEST_METADATAENTRY']._serialized_end=696
-  _globals['_INGESTACKNOWLEDGEMENT']._serialized_start=1270
-  _globals['_INGESTACKNOWLEDGEMENT']._serialized_end=1342
-  _globals['_INGESTFAILURE']._serialized_start=1344
-  _globals['_INGESTFAILURE']._serialized_end=1419
-  _globals['_INGESTPROGRESS']._serialized_start=1421
-  _globals['_INGESTPROGRESS']._serialized_end=1512
-  _globals['_INGESTRESPONSE']._serialized_start=1515
-  _globals['_INGESTRESPONSE']._serialized_end=1715
-  _globals['_GETDOCUMENTREQUEST']._serialized_start=1717
-  _globals['_GETDOCUMENTREQUEST']._serialized_end=1769
-  _globals['_GETDOCUMENTRESPONSE']._serialized_start=1771
-  _globals['_GETDOCUMENTRESPONSE']._serialized_end=1828
-  _globals['_DELETEDOCUMENTSREQUEST']._serialized_start=1830
-  _globals['_DELETEDOCUMENTSREQUEST']._serialized_end=1867
-  _globals['_DELETEDOCUMENTSRESPONSE']._serialized_start=1869
-  _globals['_DELETEDOCUMENTSRESPONSE']._serialized_end=1936
-  _globals['_RETRIEVALSERVICE']._serialized_start=2067
-  _globals['_RETRIEVALSERVICE']._serialized_end=2361
+  _globals['_SEARCHINCLUDE']._serialized_end=209
+  _globals['_SEARCHREQUEST']._serialized_start=212
+  _globals['_SEARCHREQUEST']._serialized_end=414
+  _globals['_CANDIDATE']._serialized_start=417
+  _globals['_CANDIDATE']._serialized_end=701
+  _globals['_CANDIDATE_METADATAENTRY']._serialized_start=609
+  _globals['_CANDIDATE_METADATAENTRY']._serialized_end=679
+  _globals['_DEGRADATION']._serialized_start=703
+  _globals['_DEGRADATION']._serialized_end=764
+  _globals['_SEARCHRESPONSE']._serialized_start=767
+  _globals['_SEARCHRESPONSE']._serialized_end=987
+  _globals['_INGESTOPTIONS']._serialized_start=989
+  _globals['_INGESTOPTIONS']._serialized_end=1101
+  _globals['_INGESTDOCUMENT']._serialized_start=1104
+  _globals['_INGESTDOCUMENT']._serialized_end=1294
+  _globals['_INGESTDOCUMENT_METADATAENTRY']._serialized_start=609
+  _globals['_INGESTDOCUMENT_METADATAENTRY']._serialized_end=679
+  _globals['_INGESTREQUEST']._serialized_start=1296
+  _globals['_INGESTREQUEST']._serialized_end=1405
+  _globals['_INGESTFAILURE']._serialized_start=1407
+  _globals['_INGESTFAILURE']._serialized_end=1484
+  _globals['_INGESTRESULT']._serialized_start=1486
+  _globals['_INGESTRESULT']._serialized_end=1606
+  _globals['_INGESTPROGRESS']._serialized_start=1608
+  _globals['_INGESTPROGRESS']._serialized_end=1691
+  _globals['_INGESTRESPONSE']._serialized_start=1694
+  _globals['_INGESTRESPONSE']._serialized_end=1855
+  _globals['_GETDOCUMENTREQUEST']._serialized_start=1857
+  _globals['_GETDOCUMENTREQUEST']._serialized_end=1909
+  _globals['_GETDOCUMENTRESPONSE']._serialized_start=1911
+  _globals['_GETDOCUMENTRESPONSE']._serialized_end=1968
+  _globals['_DELETEDOCUMENTSREQUEST']._serialized_start=1970
+  _globals['_DELETEDOCUMENTSREQUEST']._serialized_end=2007
+  _globals['_DELETEDOCUMENTSRESPONSE']._serialized_start=2009
+  _globals['_DELETEDOCUMENTSRESPONSE']._serialized_end=2076
+  _globals['_RETRIEVALSERVICE']._serialized_start=2331
+  _globals['_RETRIEVALSERVICE']._serialized_end=2625
 # @@protoc_insertion_point(module_scope)

@@ -32,55 +32,79 @@ class _SearchStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchSta
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEARCH_STAGE_UNSPECIFIED: _SearchStage.ValueType  # 0
     """Never sent."""
-    SEARCH_STAGE_RETRIEVED: _SearchStage.ValueType  # 1
+    SEARCH_STAGE_FIRST_STAGE: _SearchStage.ValueType  # 1
     """By cosine of the embeddings."""
     SEARCH_STAGE_REWRITTEN: _SearchStage.ValueType  # 2
-    """As retrieved; the best candidates' ECRs are rewritten in the light of the query."""
+    """As in the first stage; the best candidates' ECRs are rewritten in the light of the query."""
     SEARCH_STAGE_RERANKED: _SearchStage.ValueType  # 3
-    """The head by the reranker's P(yes), the tail as retrieved."""
+    """The head by the reranker's P(yes), the tail as in the first stage."""
 
 class SearchStage(_SearchStage, metaclass=_SearchStageEnumTypeWrapper):
     """Which ranking a search response holds."""
 
 SEARCH_STAGE_UNSPECIFIED: SearchStage.ValueType  # 0
 """Never sent."""
-SEARCH_STAGE_RETRIEVED: SearchStage.ValueType  # 1
+SEARCH_STAGE_FIRST_STAGE: SearchStage.ValueType  # 1
 """By cosine of the embeddings."""
 SEARCH_STAGE_REWRITTEN: SearchStage.ValueType  # 2
-"""As retrieved; the best candidates' ECRs are rewritten in the light of the query."""
+"""As in the first stage; the best candidates' ECRs are rewritten in the light of the query."""
 SEARCH_STAGE_RERANKED: SearchStage.ValueType  # 3
-"""The head by the reranker's P(yes), the tail as retrieved."""
+"""The head by the reranker's P(yes), the tail as in the first stage."""
 Global___SearchStage: _TypeAlias = SearchStage  # noqa: Y015
+
+class _IngestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _IngestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_IngestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INGEST_STATE_UNSPECIFIED: _IngestState.ValueType  # 0
+    """Never sent."""
+    INGEST_STATE_STORED: _IngestState.ValueType  # 1
+    """It is durable and found by the next search."""
+    INGEST_STATE_SKIPPED: _IngestState.ValueType  # 2
+    """It is durable from before: content, metadata, models and prompts are unchanged."""
+    INGEST_STATE_FAILED: _IngestState.ValueType  # 3
+    """It was not stored; `failure` says why. The stream goes on."""
+
+class IngestState(_IngestState, metaclass=_IngestStateEnumTypeWrapper):
+    """What became of a document."""
+
+INGEST_STATE_UNSPECIFIED: IngestState.ValueType  # 0
+"""Never sent."""
+INGEST_STATE_STORED: IngestState.ValueType  # 1
+"""It is durable and found by the next search."""
+INGEST_STATE_SKIPPED: IngestState.ValueType  # 2
+"""It is durable from before: content, metadata, models and prompts are unchanged."""
+INGEST_STATE_FAILED: IngestState.ValueType  # 3
+"""It was not stored; `failure` says why. The stream goes on."""
+Global___IngestState: _TypeAlias = IngestState  # noqa: Y015
 
 @_typing.final
 class SearchInclude(_message.Message):
-    """What search responses carry besides ids and order."""
+    """What search responses carry besides ids, order and metadata."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SCORES_FIELD_NUMBER: _builtins.int
     REASONINGS_FIELD_NUMBER: _builtins.int
-    USAGES_FIELD_NUMBER: _builtins.int
-    METADATA_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
     scores: _builtins.bool
     """Scores of every stage."""
     reasonings: _builtins.bool
     """ECRs of the query and the candidates, and rewrites: why a result was found."""
-    usages: _builtins.bool
+    timings: _builtins.bool
     """`usages`: tokens and times per stage."""
-    metadata: _builtins.bool
-    """The documents' metadata."""
     def __init__(
         self,
         *,
         scores: _builtins.bool = ...,
         reasonings: _builtins.bool = ...,
-        usages: _builtins.bool = ...,
-        metadata: _builtins.bool = ...,
+        timings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "reasonings", b"reasonings", "scores", b"scores", "usages", b"usages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reasonings", b"reasonings", "scores", b"scores", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -297,8 +321,40 @@ class SearchResponse(_message.Message):
 Global___SearchResponse: _TypeAlias = SearchResponse  # noqa: Y015
 
 @_typing.final
-class IngestRequest(_message.Message):
-    """One document to store. A message of the stream into `Ingest`."""
+class IngestOptions(_message.Message):
+    """How the documents of one stream are ingested."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    REDO_UNCHANGED_FIELD_NUMBER: _builtins.int
+    reasoning_tokens: _builtins.int
+    """New tokens for each document's ECR, at most 4,096. Default 64; 0 = without an ECR."""
+    instruction: _builtins.str
+    """The retrieval task in the caller's words, at most 2,048 characters; empty = the models' own."""
+    redo_unchanged: _builtins.bool
+    """Does the work again for documents that are stored unchanged."""
+    def __init__(
+        self,
+        *,
+        reasoning_tokens: _builtins.int | None = ...,
+        instruction: _builtins.str = ...,
+        redo_unchanged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens", "instruction", b"instruction", "reasoning_tokens", b"reasoning_tokens", "redo_unchanged", b"redo_unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reasoning_tokens: _TypeAlias = _typing.Literal["reasoning_tokens"]  # noqa: Y015
+    _WhichOneofArgType__reasoning_tokens: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning_tokens) -> _WhichOneofReturnType__reasoning_tokens | None: ...
+
+Global___IngestOptions: _TypeAlias = IngestOptions  # noqa: Y015
+
+@_typing.final
+class IngestDocument(_message.Message):
+    """One document to store."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -326,14 +382,8 @@ class IngestRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
-    INSTRUCTION_FIELD_NUMBER: _builtins.int
-    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The caller's id: 1 to 256 characters. An id that exists is replaced."""
-    instruction: _builtins.str
-    """The retrieval task in the caller's words, at most 2,048 characters; empty = the models' own."""
-    reasoning_tokens: _builtins.int
-    """New tokens for the document's ECR, at most 4,096. Default 64; 0 = without an ECR."""
     @_builtins.property
     def content(self) -> _content_pb2.Content:
         """The document."""
@@ -348,114 +398,148 @@ class IngestRequest(_message.Message):
         id: _builtins.str = ...,
         content: _content_pb2.Content | None = ...,
         metadata: _abc.Mapping[_builtins.str, _document_pb2.MetadataValue] | None = ...,
-        instruction: _builtins.str = ...,
-        reasoning_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens", "content", b"content", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens", "content", b"content", "id", b"id", "instruction", b"instruction", "metadata", b"metadata", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "id", b"id", "metadata", b"metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__reasoning_tokens: _TypeAlias = _typing.Literal["reasoning_tokens"]  # noqa: Y015
-    _WhichOneofArgType__reasoning_tokens: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning_tokens) -> _WhichOneofReturnType__reasoning_tokens | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestDocument: _TypeAlias = IngestDocument  # noqa: Y015
+
+@_typing.final
+class IngestRequest(_message.Message):
+    """A message of the stream into `Ingest`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> Global___IngestOptions:
+        """Options of the stream; only as its first message. May be left out."""
+
+    @_builtins.property
+    def document(self) -> Global___IngestDocument:
+        """The next document."""
+
+    def __init__(
+        self,
+        *,
+        options: Global___IngestOptions | None = ...,
+        document: Global___IngestDocument | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "kind", b"kind", "options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "kind", b"kind", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["options", "document"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___IngestRequest: _TypeAlias = IngestRequest  # noqa: Y015
 
 @_typing.final
-class IngestAcknowledgement(_message.Message):
-    """A document is durable."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    UNCHANGED_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Document id."""
-    sequence: _builtins.int
-    """Sequence number of the write."""
-    unchanged: _builtins.bool
-    """True when it was stored before with the same content, metadata, models and prompts, and nothing
-    had to be done.
-    """
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        sequence: _builtins.int = ...,
-        unchanged: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sequence", b"sequence", "unchanged", b"unchanged"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___IngestAcknowledgement: _TypeAlias = IngestAcknowledgement  # noqa: Y015
-
-@_typing.final
 class IngestFailure(_message.Message):
-    """A document was not stored; the stream goes on."""
+    """Why a document was not stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Document id as given, possibly empty."""
+    CODE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Stable word for programs, e.g. `INVALID_INPUT`."""
     message: _builtins.str
-    """One sentence for people: what was wrong and what to do."""
+    """For people: what was wrong and what to do."""
     field: _builtins.str
-    """Path of the field at fault, e.g. `content.parts[0].image.data`; empty when it is not a field."""
+    """Path of the field at fault, e.g. `document.content.parts[0].image.data`; empty when it is not a
+    field.
+    """
+    code: _builtins.str
+    """Name of the gRPC code that the same error has elsewhere, e.g. `INVALID_ARGUMENT`."""
     def __init__(
         self,
         *,
-        id: _builtins.str = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         field: _builtins.str = ...,
+        code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "id", b"id", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestFailure: _TypeAlias = IngestFailure  # noqa: Y015
 
 @_typing.final
+class IngestResult(_message.Message):
+    """The outcome of one document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The document's place among the documents of the stream, from 0 (ids may repeat)."""
+    id: _builtins.str
+    """Document id as given, possibly empty."""
+    state: Global___IngestState.ValueType
+    """What became of it."""
+    @_builtins.property
+    def failure(self) -> Global___IngestFailure:
+        """Set for INGEST_STATE_FAILED only."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        id: _builtins.str = ...,
+        state: Global___IngestState.ValueType = ...,
+        failure: Global___IngestFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "id", b"id", "position", b"position", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestResult: _TypeAlias = IngestResult  # noqa: Y015
+
+@_typing.final
 class IngestProgress(_message.Message):
-    """Counts of one ingest stream so far."""
+    """Counts of one ingest stream so far. received = stored + skipped + failed + those being worked on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECEIVED_FIELD_NUMBER: _builtins.int
-    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
-    UNCHANGED_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     received: _builtins.int
     """Documents read from the stream."""
-    acknowledged: _builtins.int
-    """Documents acknowledged, unchanged ones included."""
-    unchanged: _builtins.int
-    """Of those, documents that needed no work."""
+    stored: _builtins.int
+    """Documents stored now."""
+    skipped: _builtins.int
+    """Documents that needed no work."""
     failed: _builtins.int
     """Documents that failed."""
     def __init__(
         self,
         *,
         received: _builtins.int = ...,
-        acknowledged: _builtins.int = ...,
-        unchanged: _builtins.int = ...,
+        stored: _builtins.int = ...,
+        skipped: _builtins.int = ...,
         failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "failed", b"failed", "received", b"received", "unchanged", b"unchanged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "received", b"received", "skipped", b"skipped", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -463,47 +547,45 @@ Global___IngestProgress: _TypeAlias = IngestProgress  # noqa: Y015
 
 @_typing.final
 class IngestResponse(_message.Message):
-    """A message of the stream out of `Ingest`: the outcome of one document."""
+    """A message of the stream out of `Ingest`: the outcomes since the last message, and totals."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ACKNOWLEDGEMENT_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     USAGES_FIELD_NUMBER: _builtins.int
+    FINAL_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Sequence number of the last durable write of this stream; 0 before the first."""
+    final: _builtins.bool
+    """True in the last message: every document of the stream is settled."""
     @_builtins.property
-    def acknowledgement(self) -> Global___IngestAcknowledgement:
-        """Stored."""
-
-    @_builtins.property
-    def failure(self) -> Global___IngestFailure:
-        """Not stored."""
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestResult]:
+        """Newly settled documents, in any order. Every document gets exactly one result."""
 
     @_builtins.property
     def progress(self) -> Global___IngestProgress:
-        """Where the stream stands after this outcome."""
+        """Totals since the stream began."""
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_usage_pb2.Usage]:
-        """What the document cost per stage; empty when it was unchanged. Documents are worked on in
-        batches; a batch's usage comes with the first of its documents.
-        """
+        """What each stage has spent since the stream began."""
 
     def __init__(
         self,
         *,
-        acknowledgement: Global___IngestAcknowledgement | None = ...,
-        failure: Global___IngestFailure | None = ...,
+        results: _abc.Iterable[Global___IngestResult] | None = ...,
         progress: Global___IngestProgress | None = ...,
+        sequence: _builtins.int = ...,
         usages: _abc.Iterable[_usage_pb2.Usage] | None = ...,
+        final: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledgement", b"acknowledgement", "failure", b"failure", "outcome", b"outcome", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledgement", b"acknowledgement", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "usages", b"usages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final", b"final", "progress", b"progress", "results", b"results", "sequence", b"sequence", "usages", b"usages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["acknowledgement", "failure"]  # noqa: Y015
-    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestResponse: _TypeAlias = IngestResponse  # noqa: Y015
 

@@ -80,8 +80,8 @@ class RetrievalServiceServicer:
 
     def Ingest(self, request_iterator, context):
         """Stores documents: each is reasoned about, embedded and written. Each acknowledgement means that
-        the document is durable and found by the next search. Answers come in any order, one per
-        request. A document whose content, metadata, models and prompts are unchanged is acknowledged
+        the document is durable and found by the next search. Results come in any order, one per
+        document. A document whose content, metadata, models and prompts are unchanged is acknowledged
         without work, so an interrupted ingest is resumed by sending everything again. A bad document is
         answered by a failure and does not end the stream. The server reads ahead only a little; a fast
         sender is held back by flow control.

@@ -48,8 +48,8 @@ class RetrievalServiceStub:
     """
     Ingest: _grpc.StreamStreamMultiCallable[_retrieval_pb2.IngestRequest, _retrieval_pb2.IngestResponse]
     """Stores documents: each is reasoned about, embedded and written. Each acknowledgement means that
-    the document is durable and found by the next search. Answers come in any order, one per
-    request. A document whose content, metadata, models and prompts are unchanged is acknowledged
+    the document is durable and found by the next search. Results come in any order, one per
+    document. A document whose content, metadata, models and prompts are unchanged is acknowledged
     without work, so an interrupted ingest is resumed by sending everything again. A bad document is
     answered by a failure and does not end the stream. The server reads ahead only a little; a fast
     sender is held back by flow control.
@@ -83,8 +83,8 @@ class RetrievalServiceAsyncStub(RetrievalServiceStub):
     """
     Ingest: _aio.StreamStreamMultiCallable[_retrieval_pb2.IngestRequest, _retrieval_pb2.IngestResponse]  # type: ignore[assignment]
     """Stores documents: each is reasoned about, embedded and written. Each acknowledgement means that
-    the document is durable and found by the next search. Answers come in any order, one per
-    request. A document whose content, metadata, models and prompts are unchanged is acknowledged
+    the document is durable and found by the next search. Results come in any order, one per
+    document. A document whose content, metadata, models and prompts are unchanged is acknowledged
     without work, so an interrupted ingest is resumed by sending everything again. A bad document is
     answered by a failure and does not end the stream. The server reads ahead only a little; a fast
     sender is held back by flow control.
@@ -127,8 +127,8 @@ class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.IngestResponse], _abc.AsyncIterator[_retrieval_pb2.IngestResponse]]:
         """Stores documents: each is reasoned about, embedded and written. Each acknowledgement means that
-        the document is durable and found by the next search. Answers come in any order, one per
-        request. A document whose content, metadata, models and prompts are unchanged is acknowledged
+        the document is durable and found by the next search. Results come in any order, one per
+        document. A document whose content, metadata, models and prompts are unchanged is acknowledged
         without work, so an interrupted ingest is resumed by sending everything again. A bad document is
         answered by a failure and does not end the stream. The server reads ahead only a little; a fast
         sender is held back by flow control.

@@ -29,6 +29,7 @@ class Usage(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    WALL_SECONDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """The stage: `reason`, `embed`, `index`, `rewrite` or `rerank`. New names may appear."""
     tokens_in: _builtins.int
@@ -43,6 +44,10 @@ class Usage(_message.Message):
     """Seconds spent working, host and device together."""
     model_version: _builtins.str
     """Version of the model that did it; empty for stages without a model."""
+    wall_seconds: _builtins.float
+    """Seconds that the caller of the stage saw, transport included. Only the gateway knows it; a
+    stage's own answer leaves it at 0.
+    """
     def __init__(
         self,
         *,
@@ -53,10 +58,11 @@ class Usage(_message.Message):
         queue_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
         model_version: _builtins.str = ...,
+        wall_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_seconds", b"compute_seconds", "model_version", b"model_version", "queue_seconds", b"queue_seconds", "stage", b"stage", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_seconds", b"compute_seconds", "model_version", b"model_version", "queue_seconds", b"queue_seconds", "stage", b"stage", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out", "wall_seconds", b"wall_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
