@@ -1,0 +1,1 @@
+"""Data sets that install from package registries, with their hold-outs."""
