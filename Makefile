@@ -1,0 +1,89 @@
+# Each target creates .venv when it is missing, and installs again only when pyproject.toml changed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := .tte
+
+# The first interpreter that really runs (a version manager's shim may exist and refuse).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+
+# Where the tests' torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to spare
+# the gigabytes of CUDA that the default Linux wheel brings.
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve demo test lint format types protos breaking bench clean
+
+help:
+	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
+	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
+	@echo "make test      the whole test suite"
+	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
+	@echo "make protos    generate the package tte from protos/"
+	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
+	@echo "make bench     measure, see benchmarks/"
+	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found." \
+	"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	echo "$(PYTHON) is not Python 3.11 to 3.13 (ScaNN has wheels for no other)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+serve: $(VENV)/.installed
+	$(BIN)/tte serve
+
+demo: $(VENV)/.installed
+	$(BIN)/tte demo
+
+# Compiled programs are kept between runs: most of the suite's time is XLA.
+test: $(VENV)/.installed-dev
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(CACHE)/test-compile-cache \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
+	$(BIN)/python -m pytest -x -q -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+types: $(VENV)/.installed-dev
+	$(BIN)/basedpyright
+
+protos: $(VENV)/.installed-dev
+	$(BIN)/python protos/generate.py
+
+# A base without protos has nothing to break.
+BASE ?= origin/main
+breaking: $(VENV)/.installed-dev
+	@if git cat-file -e $(BASE):buf.yaml 2>/dev/null; then \
+	base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && \
+	git archive $(BASE) buf.yaml protos | tar -x -C "$$base" && \
+	$(BIN)/buf breaking --against "$$base" && echo "API compatible with $(BASE)"; \
+	else echo "$(BASE) has no API to compare with"; fi
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf demo dist .pytest_cache .ruff_cache .hypothesis $(CACHE)/test-compile-cache
+	find tte tte_jax servers training tests protos -name __pycache__ -prune -exec rm -rf {} +
