@@ -91,7 +91,7 @@ class Attributes:
 
 
 def code_points(hexcode: str) -> tuple[int, ...]:
-    """"1F469-1F3FF-200D-1F4BB" → its code points. Raises ValueError for anything else."""
+    """ "1F469-1F3FF-200D-1F4BB" → its code points. Raises ValueError for anything else."""
     return tuple(int(part, 16) for part in hexcode.split("-"))
 
 
@@ -213,7 +213,7 @@ def _family_name(residue: tuple[int, ...]) -> str:
 
 
 def _with_colon(name: str) -> str:
-    """"man dark skin tone red hair" → "man: dark skin tone, red hair", as Unicode writes it."""
+    """ "man dark skin tone red hair" → "man: dark skin tone, red hair", as Unicode writes it."""
     found = re.search(
         r" ((?:light|medium-light|medium|medium-dark|dark) skin tone.*|red hair|curly hair|bald"
         r"|white hair|blond hair)$",

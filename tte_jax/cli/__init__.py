@@ -1,0 +1,1 @@
+"""`tte`, the command line."""
