@@ -341,6 +341,26 @@ def test_build_and_load(built: Path) -> None:
     assert centre == [expected >> 16, expected >> 8 & 255, expected & 255]
 
 
+def test_pictures_shared_with_a_held_out_concept_are_not_trained_on() -> None:
+    known = make_concepts()
+    held_out = splits.HeldOut(frozenset({"1f600"}), frozenset())
+    gradient = '<linearGradient id="{0}"/><path fill="url(#{0})" d="M0 0h9v9H0z"/>'
+    bodies = {
+        "1f600": gradient.format("SVGaaaaaaaa"),
+        "2764": gradient.format("SVGbbbbbbbb"),
+        "1f426": gradient.format("SVGcccccccc").replace("h9", "h8"),
+    }
+    icons = {k: Icon(k, b, 0, 0, 16, 16) for k, b in bodies.items()}
+    drawn = {s: icons if s in ("noto", "fxemoji") else {} for s in packages.STYLES}
+    drawn["fxemoji"] = {"2764": icons["2764"]}
+    items = emoji.plan_items(emoji.Sources(known, drawn), held_out)
+    assert {(i.style, i.key) for i in items} == {
+        ("noto", "1f600"),
+        ("noto", "1f426"),
+        ("fxemoji", "2764"),  # a style that does not draw the held-out concept may keep it
+    }
+
+
 def test_build_is_reproducible_and_resumes(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emoji, "_CHUNK", 32)
     drawn: list[int] = []

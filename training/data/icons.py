@@ -25,6 +25,13 @@ class Icon:
     width: float
     height: float
 
+    @property
+    def drawing(self) -> str:
+        """Text that two icons share when their pictures are the same: Iconify's ids are random."""
+        ids: dict[str, str] = {}
+        body = re.sub(r"SVG\w{8}", lambda m: ids.setdefault(m[0], f"SVG{len(ids)}"), self.body)
+        return f"{self.left} {self.top} {self.width} {self.height} {body}"
+
 
 def slug(text: str) -> str:
     """Letters and digits only, lower case: the form in which names of all sets are compared."""
