@@ -44,12 +44,11 @@ _SHORTCODES = ("cldr", "emojibase", "github", "iamcal", "joypixels")
 # The sets whose own names and code points teach us what the names in the other sets mean.
 _NAMING_STYLES = ("noto", "twemoji", "openmoji")
 # Drawings that do not show their emoji: the sets that match by name are older than the insect and
-# call the sport's bat and ball "cricket"; noto-v1 has a white asterisk on white.
+# call the sport's bat and ball "cricket".
 _WRONG = {
     ("noto-v1", "1f997"),
     ("emojione", "1f997"),
     ("emojione-monotone", "1f997"),
-    ("noto-v1", "2a-20e3"),
 }
 # Without colour dozens of flags are one picture.
 _NO_FLAGS = "emojione-monotone"
