@@ -8,9 +8,9 @@ the same cascade. Every method raises the types of `tte_jax.errors` and honours 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -80,6 +80,18 @@ class Hit:
     metadata: Metadata = field(default_factory=dict)
 
 
+class StoredVersions(NamedTuple):
+    """What a stored document was made of; a re-ingest skips it when all of this is unchanged.
+
+    `metadata` is `None` where the index cannot tell; such a document is ingested again.
+    """
+
+    content_hash: str
+    reasoner_version: str
+    embedder_version: str
+    metadata: Metadata | None = None
+
+
 class ReasonerStage(Protocol):
     async def reason(
         self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
@@ -137,4 +149,15 @@ class IndexStage(Protocol):
         self, ids: Sequence[str], *, timeout_s: float | None = None
     ) -> list[Document | None]:
         """The documents with their media, `None` where the id is unknown."""
+        ...
+
+
+@runtime_checkable
+class ResumableIndexStage(Protocol):
+    """An index that can tell what it holds without reading media; makes ingests resumable."""
+
+    async def existing(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> Mapping[str, StoredVersions]:
+        """What the documents that exist were made of; unknown ids are left out."""
         ...

@@ -1,0 +1,34 @@
+"""The pipeline over the stage Protocols; the gateway and the evaluation both run this one."""
+
+from tte_jax.cascade.cascade import Cascade
+from tte_jax.cascade.messages import (
+    Degraded,
+    Include,
+    IngestInput,
+    IngestOptions,
+    IngestUpdate,
+    ItemResult,
+    ItemState,
+    Rejected,
+    SearchQuery,
+    SearchStage,
+    SearchUpdate,
+)
+from tte_jax.cascade.planning import Caps, Pace
+
+__all__ = [
+    "Caps",
+    "Cascade",
+    "Degraded",
+    "Include",
+    "IngestInput",
+    "IngestOptions",
+    "IngestUpdate",
+    "ItemResult",
+    "ItemState",
+    "Pace",
+    "Rejected",
+    "SearchQuery",
+    "SearchStage",
+    "SearchUpdate",
+]
