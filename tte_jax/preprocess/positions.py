@@ -1,0 +1,107 @@
+"""Rotary positions of a sequence: three rows (time, height, width), worked out on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tte_jax.errors import InvalidInputError
+from tte_jax.preprocess.patches import Grid
+
+
+def text_positions(length: int, start: int = 0) -> np.ndarray:
+    """[3, length] int32: text counts on in all three rows alike."""
+    return np.broadcast_to(np.arange(start, start + length, dtype=np.int32), (3, length)).copy()
+
+
+def mrope_positions(
+    ids: np.ndarray | Sequence[int],
+    grids: Sequence[Grid],
+    *,
+    image_token_id: int,
+    video_token_id: int,
+    merge_size: int,
+    vision_start_token_id: int | None = None,
+    require_vision_start: bool = False,
+) -> tuple[np.ndarray, int]:
+    """M-RoPE positions of one unpadded sequence (Qwen2-VL, section 2.1; transformers 5.x).
+
+    Text advances all rows by one per token. An image or video starts where the text before it
+    ended and spreads over its own frames, rows and columns of merged patches; the text after it
+    goes on `max(rows, columns)` later. A 2 x 3 image between two text tokens:
+
+        token   a  [  image of 2 x 3  ]  b
+        time    0   1  1  1  1  1  1     4
+        height  0   1  1  1  2  2  2     4
+        width   0   1  2  3  1  2  3     4
+
+    Args:
+      ids: [T] token ids, placeholders already expanded to one per merged patch.
+      grids: (frames, rows, columns) of *unmerged* patches, in order of appearance.
+      image_token_id, video_token_id: the placeholders.
+      merge_size: side of a merge block.
+      vision_start_token_id: used by `require_vision_start` only.
+      require_vision_start: transformers 4.52 gave placeholders that do not follow
+        `<|vision_start|>` (VLM2Vec's prompts) plain text positions; True reproduces that.
+
+    Returns:
+      positions: [3, T] int32.
+      next_position: the position, in every row, of the token that follows the sequence.
+
+    Raises:
+      InvalidInputError: placeholders and grids do not add up.
+    """
+    tokens = np.asarray(ids)
+    is_media = (tokens == image_token_id) | (tokens == video_token_id)
+    positions = np.empty((3, len(tokens)), np.int32)
+    at, now, highest, used = 0, 0, -1, 0
+    edges = np.flatnonzero(np.diff(is_media.astype(np.int8))) + 1
+    for end in [*edges.tolist(), len(tokens)]:
+        opened = at > 0 and tokens[at - 1] == vision_start_token_id
+        if at == end:
+            continue
+        if is_media[at] and not (require_vision_start and not opened):
+            while at < end:
+                grid = _next_grid(grids, used, end - at, merge_size)
+                used += 1
+                block = _media_positions(grid, merge_size) + now
+                positions[:, at : at + block.shape[1]] = block
+                at += block.shape[1]
+                now += max(grid[1], grid[2]) // merge_size
+                highest = max(highest, int(block.max()))
+        else:
+            positions[:, at:end] = text_positions(end - at, now)
+            now += end - at
+            highest = max(highest, now - 1)
+            at = end
+    if used != len(grids) and not require_vision_start:
+        raise InvalidInputError(
+            f"the sequence has placeholders for {used} images, but {len(grids)} came",
+            reason="PLACEHOLDER_MISMATCH",
+        )
+    return positions, highest + 1
+
+
+def _next_grid(grids: Sequence[Grid], used: int, room: int, merge_size: int) -> Grid:
+    if used == len(grids):
+        raise InvalidInputError(
+            f"the sequence has placeholders for more than the {len(grids)} images that came",
+            reason="PLACEHOLDER_MISMATCH",
+        )
+    grid = grids[used]
+    needed = math.prod(grid) // merge_size**2
+    if needed > room:
+        raise InvalidInputError(
+            f"image {used} needs {needed} placeholders (grid {grid}), the sequence has {room}",
+            reason="PLACEHOLDER_MISMATCH",
+        )
+    return grid
+
+
+def _media_positions(grid: Grid, merge_size: int) -> np.ndarray:
+    t, h, w = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    return np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij")).reshape(
+        3, -1
+    )

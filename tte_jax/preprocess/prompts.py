@@ -1,0 +1,271 @@
+"""The prompts of a model: which wording it was made for, and every sequence built from it."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from tte_jax.content import NO_REASONING, Content, Media, Reasoning, Side, Task
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
+from tte_jax.preprocess import prompts_full, prompts_mini
+from tte_jax.preprocess.ecr import END_THINK, THINK, cut_words, parse_ecr, plain
+from tte_jax.preprocess.patches import ImageConfig
+from tte_jax.preprocess.template import (
+    IM_END,
+    LoadMedia,
+    MediaSlot,
+    Piece,
+    Prompt,
+    Turn,
+    assemble,
+    image_loader,
+)
+from tte_jax.preprocess.tokenizer import Tokenizer
+from tte_jax.stages import EmbedItem, ReasonItem
+
+__all__ = ["EmbedMode", "Prompt", "PromptSet", "choose_task", "prompts_name"]
+
+
+class EmbedMode(enum.StrEnum):
+    """Which part of an ECR the embedder reads."""
+
+    WHOLE = "whole"
+    THINK = "think"
+    ANSWER = "answer"
+    NONE = "none"
+
+
+class Wording(Protocol):
+    """What a module of wordings has; `prompts_full` and `prompts_mini` are the two there are."""
+
+    reason: Callable[[Turn], list[Piece]]
+    embed: Callable[[Turn, str], list[Piece]]
+    rerank_prefix: Callable[[str, str], list[Piece]]
+    rerank_suffix: Callable[[str], list[Piece]]
+
+
+_WORDINGS: dict[str, Wording] = {"full": prompts_full, "mini": prompts_mini}
+
+
+def prompts_name(path: str | Path) -> str:
+    """Which prompts a model directory was made for: `prompts` of its `tte.json`, else "full".
+
+    Raises:
+      NotFoundError: there is no such directory.
+      PreconditionError: `tte.json` is not readable or names prompts that do not exist.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise NotFoundError(
+            f"model directory {path} does not exist; give a directory with config.json and weights",
+            reason="MODEL_NOT_FOUND",
+        )
+    file = path / "tte.json"
+    if not file.is_file():
+        return "full"
+    try:
+        name = json.loads(file.read_text("utf-8")).get("prompts", "full")
+    except (ValueError, AttributeError) as error:
+        raise PreconditionError(
+            f"{file} is not a JSON object: {error}", reason="BAD_MODEL_FILE"
+        ) from error
+    if name not in _WORDINGS:
+        raise PreconditionError(
+            f"{file} asks for prompts {name!r}; there are {', '.join(sorted(_WORDINGS))}",
+            reason="BAD_MODEL_FILE",
+        )
+    return name
+
+
+def choose_task(content: Content, side: Side) -> Task:
+    """The task of a content when the caller forces none: text alone, media alone, or a change.
+
+    Text beside media is a change on the query side, and part of the item on the document side.
+    """
+    if not content.media:
+        return Task.TEXT
+    return Task.COMPOSED if content.text and side is Side.QUERY else Task.IMAGE
+
+
+class PromptSet:
+    """Builds what a model reads. Holds no state but the tokenizer; safe to use from threads.
+
+    Attributes:
+      name: "full" or "mini".
+      tokenizer: the model's.
+      image_config: how images become patches, `None` for a text model.
+      load: media → patches; replace it to put a cache in between.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        image_config: ImageConfig | None = None,
+        load: LoadMedia | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.image_config = image_config
+        self.load = load or (image_loader(image_config) if image_config else None)
+        self._wording = _WORDINGS[name]
+
+    @classmethod
+    def from_dir(cls, path: str | Path, *, load: LoadMedia | None = None) -> PromptSet:
+        """Read `tte.json`, the tokenizer and, where there is one, the image processor's file.
+
+        Raises:
+          NotFoundError: the directory or its tokenizer does not exist.
+          PreconditionError, UnsupportedError: a file of it cannot be used.
+        """
+        name = prompts_name(path)
+        files = ("preprocessor_config.json", "processor_config.json")
+        has_images = any((Path(path) / file).is_file() for file in files)
+        config = ImageConfig.from_dir(path) if has_images else None
+        return cls(name, Tokenizer.from_dir(path), config, load)
+
+    def reason(self, item: ReasonItem, *, field: str = "content") -> Prompt:
+        """The reasoner's prompt; generation goes on from its end.
+
+        Raises:
+          InvalidInputError: the content is empty or does not suit the forced task.
+          UnsupportedError: media for a text model.
+        """
+        task = item.task or choose_task(item.content, item.side)
+        _require(item.content, field)
+        seen = wanted = NO_REASONING
+        if task is Task.COMPOSED and not (item.content.media and item.content.text):
+            raise InvalidInputError(
+                "a composed input needs an image and the change to it as text", field=field
+            )
+        if task is Task.TEXT and item.content.media:
+            raise InvalidInputError(
+                "task TEXT was forced, but the content has media; leave the task open", field=field
+            )
+        if task is Task.IMAGE and not item.content.media:
+            raise InvalidInputError("task IMAGE was forced, but there is no image", field=field)
+        if task is Task.REWRITE:
+            seen = _described(item.candidate_reasoning, item.content)
+            wanted = _described(item.query_reasoning, item.query)
+            if not (wanted.think or wanted.answer):
+                raise InvalidInputError(
+                    "a rewrite needs the query: its text or its reasoning",
+                    field="query",
+                    reason="EMPTY_QUERY",
+                )
+        turn = Turn(
+            task=task,
+            side=item.side,
+            media=_slots(item.content, field),
+            text=item.content.text,
+            instruction=item.instruction.strip(),
+            seen=seen,
+            wanted=wanted,
+        )
+        return self._assemble(self._wording.reason(turn))
+
+    def embed(
+        self, item: EmbedItem, *, mode: EmbedMode = EmbedMode.WHOLE, field: str = "content"
+    ) -> Prompt:
+        """The embedder's sequence, ECR included; its last token is pooled.
+
+        Raises:
+          InvalidInputError: the content is empty.
+          UnsupportedError: media for a text model.
+        """
+        _require(item.content, field)
+        turn = Turn(
+            task=choose_task(item.content, item.side),
+            side=item.side,
+            media=_slots(item.content, field),
+            text=item.content.text,
+            instruction=item.instruction.strip(),
+        )
+        return self._assemble(self._wording.embed(turn, _ecr_part(item.reasoning, mode)))
+
+    def rerank_prefix(self, query: str, instruction: str = "") -> Prompt:
+        """What all candidates of one query share; `prefix_length` is all of it.
+
+        Raises:
+          InvalidInputError: the query is empty.
+        """
+        text = _without_tags(query)
+        if not text:
+            raise InvalidInputError(
+                "the query is empty; send its text or its reasoning",
+                field="query",
+                reason="EMPTY_QUERY",
+            )
+        return self._assemble(self._wording.rerank_prefix(text, instruction.strip()))
+
+    def rerank_suffix(self, document: str) -> Prompt:
+        """One candidate, to follow the prefix; the next token is `yes_id` or `no_id`."""
+        return self._assemble(self._wording.rerank_suffix(_without_tags(document)))
+
+    @cached_property
+    def yes_id(self) -> int:
+        return self.tokenizer.token_id("yes")
+
+    @cached_property
+    def no_id(self) -> int:
+        return self.tokenizer.token_id("no")
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation: end of turn and, where there is one, end of text."""
+        ids = [self.tokenizer.token_id(IM_END)]
+        if self.tokenizer.has_control("<|endoftext|>"):
+            ids.append(self.tokenizer.token_id("<|endoftext|>"))
+        return tuple(ids)
+
+    @cached_property
+    def end_think_ids(self) -> tuple[int, ...]:
+        """What to force when the budget of thinking is spent; the answer follows it."""
+        return tuple(self.tokenizer.encode_tagged(f"{END_THINK}\nAnswer:"))
+
+    def _assemble(self, pieces: list[Piece]) -> Prompt:
+        return assemble(pieces, self.tokenizer, config=self.image_config, load=self.load)
+
+
+def _require(content: Content, field: str) -> None:
+    if content.empty:
+        raise InvalidInputError(
+            "the content is empty; send text, an image or both", field=field, reason="EMPTY_CONTENT"
+        )
+
+
+def _slots(content: Content, field: str) -> tuple[MediaSlot, ...]:
+    return tuple(
+        MediaSlot(part, f"{field}.parts[{i}]")
+        for i, part in enumerate(content.parts)
+        if isinstance(part, Media)
+    )
+
+
+def _described(reasoning: str, content: Content | None) -> Reasoning:
+    """The ECR, or the content's text standing in for it."""
+    parsed = parse_ecr(cut_words(reasoning))
+    if parsed.think or parsed.answer:
+        return parsed
+    text = content.text if content else ""
+    return Reasoning(text=text, think=text, answer="")
+
+
+def _ecr_part(reasoning: str, mode: EmbedMode) -> str:
+    if mode is EmbedMode.NONE or not reasoning.strip():
+        return ""
+    if mode is EmbedMode.WHOLE:
+        return cut_words(reasoning).strip()
+    parsed = parse_ecr(reasoning)
+    return cut_words(parsed.think if mode is EmbedMode.THINK else parsed.answer)
+
+
+def _without_tags(text: str) -> str:
+    """Reranker input: an ECR loses its tags, plain text stays as it is."""
+    if THINK in text or END_THINK in text:
+        return cut_words(plain(parse_ecr(text)))
+    return text.strip()
