@@ -1,0 +1,26 @@
+"""The durable truth: documents, their reasoning and their vectors (SQLite), and their media."""
+
+from tte_jax.corpus.media import MediaStore, open_media
+from tte_jax.corpus.store import (
+    Change,
+    CorpusProfile,
+    CorpusStore,
+    MediaRef,
+    Removed,
+    Stored,
+    StoredDocument,
+    StoredVersions,
+)
+
+__all__ = [
+    "Change",
+    "CorpusProfile",
+    "CorpusStore",
+    "MediaRef",
+    "MediaStore",
+    "Removed",
+    "Stored",
+    "StoredDocument",
+    "StoredVersions",
+    "open_media",
+]

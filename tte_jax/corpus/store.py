@@ -1,0 +1,356 @@
+"""The corpus in SQLite: documents, reasoning, vectors and an op-log with sequence numbers.
+
+Every batch is one transaction in WAL mode with `synchronous=FULL`: when a call returns, its rows
+survive `kill -9` and power loss. The sequence number counts writes; it only grows, and numbers of
+deleted documents are never given out again, so "everything after sequence s" is a full replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tte_jax.content import Metadata, Reasoning
+from tte_jax.corpus import rows, schema
+from tte_jax.corpus.durable import fsync_directory
+from tte_jax.corpus.faults import not_writable, translated
+from tte_jax.corpus.lock import WriterLock
+from tte_jax.corpus.records import (
+    Change,
+    CorpusProfile,
+    MediaRef,
+    Removed,
+    Stored,
+    StoredDocument,
+    StoredVersions,
+    decode_metadata,
+    decode_parts,
+    decode_vector,
+    validate,
+)
+from tte_jax.errors import NotFoundError, UnavailableError
+from tte_jax.stages import IndexEntry
+
+__all__ = [
+    "Change",
+    "CorpusProfile",
+    "CorpusStore",
+    "MediaRef",
+    "Removed",
+    "Stored",
+    "StoredDocument",
+    "StoredVersions",
+]
+
+DATABASE = "corpus.sqlite3"
+LOCK = "corpus.lock"
+
+
+class CorpusStore:
+    """One corpus directory. Reads may come from any thread; writes are serialised.
+
+    Use `CorpusStore.open`. A store opened with `read_only=True` takes no lock and can look at a
+    corpus that another process is serving.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._file = path / DATABASE
+        self._write_lock = threading.RLock()
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._closed = False
+        self._lock: WriterLock | None = None
+        self._writer: sqlite3.Connection | None = None
+        if read_only:
+            if not self._file.is_file():
+                raise NotFoundError(f"there is no corpus in {path}: {DATABASE} is missing")
+            with translated(self._file), self._reader() as db:
+                schema.check(db, where=self._file)
+            return
+        with translated(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._lock = WriterLock(path / LOCK)
+        try:
+            with translated(self._file):
+                self._writer = self._connect(f"file:{_quoted(self._file)}")
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                self._writer.execute("PRAGMA synchronous = FULL")
+                schema.prepare(self._writer, where=self._file)
+                fsync_directory(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path, *, read_only: bool = False) -> CorpusStore:
+        """Open or create a corpus.
+
+        Raises:
+          PreconditionError: it is open for writing elsewhere, was made by a newer version, or
+            cannot be written.
+          DataLossError: the database is damaged or no corpus.
+          NotFoundError: `read_only` and there is no corpus.
+        """
+        return cls(Path(path), read_only=read_only)
+
+    def close(self) -> None:
+        """Close every connection and release the lock; calling it again does nothing."""
+        with self._write_lock:
+            self._closed = True
+            while True:
+                try:
+                    self._readers.get_nowait().close()
+                except queue.Empty:
+                    break
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    # Writing
+
+    def upsert(self, entries: Sequence[IndexEntry]) -> list[int]:
+        """Insert or replace documents, all or nothing; a later entry of the same id wins.
+
+        The media must be in the media store already. Returns one sequence number per entry.
+
+        Raises:
+          InvalidInputError: see `records.validate`.
+          PreconditionError: a vector's dimension or embedder version is not the corpus's, or the
+            corpus cannot be written.
+          StorageFullError: no disk space; nothing was stored.
+        """
+        validate(entries)
+        with self._transaction() as db:
+            rows.admit(db, entries)
+            sequence = rows.number(db, "sequence")
+            sequences: list[int] = []
+            for entry in entries:
+                sequence += 1
+                sequences.append(sequence)
+                rows.put(db, entry, sequence)
+            rows.set_value(db, "sequence", sequence)
+        return sequences
+
+    def admit(self, entries: Sequence[IndexEntry]) -> None:
+        """Raise `PreconditionError` if `upsert` would refuse the vectors; stores nothing."""
+        with self._reader() as db:
+            rows.admit(db, entries)
+
+    def delete(self, ids: Sequence[str]) -> tuple[list[Removed], list[str]]:
+        """Delete documents, all in one transaction; returns (removed, unknown ids)."""
+        removed: list[Removed] = []
+        unknown: list[str] = []
+        with self._transaction() as db:
+            sequence = rows.number(db, "sequence")
+            for id in dict.fromkeys(ids):
+                if db.execute("DELETE FROM documents WHERE id = ?", (id,)).rowcount == 0:
+                    unknown.append(id)
+                    continue
+                sequence += 1
+                db.execute("DELETE FROM document_media WHERE document_id = ?", (id,))
+                db.execute("INSERT INTO tombstones (sequence, id) VALUES (?, ?)", (sequence, id))
+                removed.append(Removed(sequence, id))
+            rows.set_value(db, "sequence", sequence)
+        return removed, unknown
+
+    def forget_tombstones(self, up_to: int) -> None:
+        """Drop deletions of sequence ≤ `up_to`; replay then works only from there on."""
+        with self._transaction() as db:
+            if up_to > rows.number(db, "horizon"):
+                db.execute("DELETE FROM tombstones WHERE sequence <= ?", (up_to,))
+                rows.set_value(db, "horizon", up_to)
+
+    def set_value(self, key: str, value: str) -> None:
+        """Keep a small setting of the corpus (such as where its media are)."""
+        with self._transaction() as db:
+            rows.set_value(db, key, value)
+
+    # Reading
+
+    @property
+    def corpus_id(self) -> str:
+        """Random id given at creation; ties snapshots to their corpus."""
+        return self.value("corpus_id")
+
+    @property
+    def sequence(self) -> int:
+        """Sequence number of the last write, 0 for a new corpus."""
+        return int(self.value("sequence"))
+
+    @property
+    def horizon(self) -> int:
+        """Replay is complete only from this sequence on (older tombstones are dropped)."""
+        return int(self.value("horizon"))
+
+    @property
+    def profile(self) -> CorpusProfile | None:
+        """Dimension and embedder version of all vectors, `None` while the corpus is empty."""
+        with self._reader() as db:
+            return rows.profile(db)
+
+    def value(self, key: str) -> str:
+        with self._reader() as db:
+            row = db.execute("SELECT value FROM corpus WHERE key = ?", (key,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def count(self) -> int:
+        with self._reader() as db:
+            return int(db.execute("SELECT count(*) FROM documents").fetchone()[0])
+
+    def documents(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
+        """The rows of the ids that exist."""
+        columns = (
+            "id, sequence, content_hash, parts, metadata, ecr_text, ecr_think, ecr_answer, "
+            "ecr_tokens, ecr_truncated, reasoner_version, embedder_version"
+        )
+        return {
+            row[0]: StoredDocument(
+                id=row[0],
+                sequence=row[1],
+                content_hash=row[2],
+                parts=decode_parts(row[3]),
+                metadata=decode_metadata(row[4]),
+                reasoning=Reasoning(row[5], row[6], row[7], row[8], bool(row[9])),
+                reasoner_version=row[10],
+                embedder_version=row[11],
+            )
+            for row in self._by_id(columns, ids)
+        }
+
+    def reasonings(self, ids: Sequence[str]) -> dict[str, Reasoning]:
+        columns = "id, ecr_text, ecr_think, ecr_answer, ecr_tokens, ecr_truncated"
+        return {
+            row[0]: Reasoning(row[1], row[2], row[3], row[4], bool(row[5]))
+            for row in self._by_id(columns, ids)
+        }
+
+    def versions(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
+        columns = "id, content_hash, reasoner_version, embedder_version"
+        return {row[0]: StoredVersions(*row[1:]) for row in self._by_id(columns, ids)}
+
+    def metadata(self) -> dict[str, tuple[int, Metadata]]:
+        """(sequence, metadata) of every document."""
+        with self._reader() as db:
+            every = db.execute("SELECT id, sequence, metadata FROM documents")
+            return {id: (sequence, decode_metadata(raw)) for id, sequence, raw in every}
+
+    def changes_since(self, sequence: int) -> Iterator[Change]:
+        """Live documents written after `sequence` and deletions after it, in order."""
+        with self._reader() as db:
+            log = db.execute(
+                "SELECT sequence, id, metadata, dimension, vector FROM documents "
+                "WHERE sequence > :s UNION ALL "
+                "SELECT sequence, id, NULL, 0, NULL FROM tombstones WHERE sequence > :s "
+                "ORDER BY 1",
+                {"s": sequence},
+            )
+            for number, id, metadata, dimension, vector in log:
+                if vector is None:
+                    yield Removed(number, id)
+                else:
+                    yield Stored(
+                        number, id, decode_vector(vector, dimension, id), decode_metadata(metadata)
+                    )
+
+    def media_of(self, ids: Sequence[str]) -> set[str]:
+        """Hashes of the media that the given documents name."""
+        found: set[str] = set()
+        with self._reader() as db:
+            for marks, chunk in rows.in_chunks(ids):
+                query = f"SELECT sha256 FROM document_media WHERE document_id IN ({marks})"
+                found.update(row[0] for row in db.execute(query, chunk))
+        return found
+
+    def unreferenced(self, hashes: Sequence[str]) -> set[str]:
+        """Those of the given media hashes that no document names."""
+        found: set[str] = set()
+        with self._reader() as db:
+            for marks, chunk in rows.in_chunks(hashes):
+                query = f"SELECT sha256 FROM document_media WHERE sha256 IN ({marks})"
+                found.update(row[0] for row in db.execute(query, chunk))
+        return set(hashes) - found
+
+    def all_media(self) -> set[str]:
+        with self._reader() as db:
+            return {r[0] for r in db.execute("SELECT DISTINCT sha256 FROM document_media")}
+
+    def media_bytes(self) -> int:
+        """Bytes of all media that documents name, each counted once."""
+        with self._reader() as db:
+            distinct = "SELECT DISTINCT sha256, bytes FROM document_media"
+            row = db.execute(f"SELECT coalesce(sum(bytes), 0) FROM ({distinct})").fetchone()
+        return int(row[0])
+
+    def database_bytes(self) -> int:
+        """Bytes of the database with its write-ahead log."""
+        files = (self._file, self._file.with_name(f"{DATABASE}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def integrity(self) -> list[str]:
+        """Problems that SQLite finds in its own file; empty = none."""
+        with self._reader() as db:
+            lines = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+        return [] if lines == ["ok"] else lines
+
+    # Inside
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._write_lock, translated(self._file):
+            if self.read_only:
+                raise not_writable(f"{self._file} (opened read-only)")
+            if self._writer is None:
+                raise UnavailableError("the corpus is closed; the server is shutting down")
+            db = self._writer
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                # A full disk makes SQLite roll back by itself.
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        if self._closed:
+            raise UnavailableError("the corpus is closed; the server is shutting down")
+        with translated(self._file):
+            try:
+                db = self._readers.get_nowait()
+            except queue.Empty:
+                db = self._connect(f"file:{_quoted(self._file)}?mode=ro")
+            try:
+                yield db
+            finally:
+                if self._closed:
+                    db.close()
+                else:
+                    self._readers.put(db)
+
+    def _connect(self, uri: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
+        )
+
+    def _by_id(self, columns: str, ids: Sequence[str]) -> list[tuple]:
+        found: list[tuple] = []
+        with self._reader() as db:
+            for marks, chunk in rows.in_chunks(ids):
+                query = f"SELECT {columns} FROM documents WHERE id IN ({marks})"
+                found += db.execute(query, chunk).fetchall()
+        return found
+
+
+def _quoted(path: Path) -> str:
+    # The path becomes part of a URI.
+    return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")

@@ -1,0 +1,98 @@
+"""`stages.IndexStage` over a `CorpusIndex` in this process: one writer thread, several readers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from tte_jax.content import Document, Usage
+from tte_jax.corpus.records import StoredVersions
+from tte_jax.errors import DeadlineExceededError
+from tte_jax.filters import Filter
+from tte_jax.index.service_index import CorpusIndex
+from tte_jax.stages import Hit, IndexEntry
+
+T = TypeVar("T")
+
+
+class LocalIndex:
+    """Runs an index off the event loop.
+
+    A call whose deadline passes while it waits for a thread is never run. A write that has begun
+    is not undone: it may be stored although its caller got `DeadlineExceededError`; since writes
+    are by id, sending it again is safe.
+    """
+
+    def __init__(self, index: CorpusIndex, *, readers: int = 4) -> None:
+        self.index = index
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="index-reader")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="index-writer")
+
+    async def search(
+        self,
+        vector: np.ndarray,
+        *,
+        k: int,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[list[Hit], Usage]:
+        asked = time.perf_counter()
+
+        def work() -> tuple[list[Hit], float, float]:
+            begun = time.perf_counter()
+            return self.index.search(vector, k, filter), begun, time.perf_counter()
+
+        hits, begun, ended = await self._run(self._readers, work, timeout_s)
+        return hits, Usage(stage="index", queue_s=begun - asked, compute_s=ended - begun)
+
+    async def upsert(self, entries: Sequence[IndexEntry], *, timeout_s: float | None = None) -> int:
+        return await self._run(self._writer, lambda: self.index.upsert(entries), timeout_s)
+
+    async def delete(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> tuple[list[str], list[str]]:
+        return await self._run(self._writer, lambda: self.index.delete(ids), timeout_s)
+
+    async def get(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> list[Document | None]:
+        return await self._run(self._readers, lambda: self.index.get(ids), timeout_s)
+
+    async def existing(
+        self, ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> dict[str, StoredVersions]:
+        """Content hash and model versions of the ids that exist."""
+        return await self._run(self._readers, lambda: self.index.existing(ids), timeout_s)
+
+    async def read(self, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
+        """Run other work on the index (statistics, snapshot, rebuild) on a reader thread."""
+        return await self._run(self._readers, work, timeout_s)
+
+    async def close(self) -> None:
+        """Finish what runs, then close the index."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._stop)
+
+    def _stop(self) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self.index.close()
+
+    async def _run(
+        self, pool: ThreadPoolExecutor, work: Callable[[], T], timeout_s: float | None
+    ) -> T:
+        if timeout_s is not None and timeout_s <= 0:
+            raise DeadlineExceededError("the deadline had passed when the index was asked")
+        # Cancelling the wrapper cancels the work while it still waits for a thread.
+        future = asyncio.wrap_future(pool.submit(work))
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as exc:
+            raise DeadlineExceededError(
+                f"the index did not answer within {timeout_s:.3g} s"
+            ) from exc

@@ -1,0 +1,77 @@
+"""From disk to the first generation: newest valid snapshot, replay, reconciliation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from tte_jax.content import Metadata
+from tte_jax.corpus.records import Removed, Stored
+from tte_jax.corpus.store import CorpusStore
+from tte_jax.index import snapshots
+from tte_jax.index.generation import Rows
+
+log = logging.getLogger(__name__)
+
+
+def recover(store: CorpusStore, snapshot_root: Path) -> tuple[Rows, int]:
+    """The rows that the database says are live, and the snapshot's sequence (0 = none used).
+
+    The result is reconciled with the database's own list of (id, sequence), so that a snapshot can
+    make the start faster but can never add, lose or revive a document.
+    """
+    metadata = store.metadata()
+    found = snapshots.load_newest(
+        snapshot_root,
+        corpus_id=store.corpus_id,
+        horizon=store.horizon,
+        sequence=store.sequence,
+    )
+    if found is not None:
+        sequence, base = found
+        rows = _replay(store, base, sequence, metadata)
+        if _agrees(rows, metadata):
+            return rows, sequence
+        log.warning("snapshot %d contradicts the database; reading all vectors from it", sequence)
+    return _replay(store, Rows.empty(), 0, metadata), 0
+
+
+def _replay(
+    store: CorpusStore, base: Rows, sequence: int, metadata: dict[str, tuple[int, Metadata]]
+) -> Rows:
+    alive = dict.fromkeys(base.ids, True)
+    fresh: dict[str, Stored] = {}
+    for change in store.changes_since(sequence):
+        alive.pop(change.id, None)
+        fresh.pop(change.id, None)
+        if not isinstance(change, Removed):
+            fresh[change.id] = change
+    kept = [i for i, id in enumerate(base.ids) if id in alive]
+    ids = [base.ids[i] for i in kept] + list(fresh)
+    if not ids:
+        return Rows.empty()
+    parts = [base.vectors[kept]] if kept else []
+    if fresh:
+        parts.append(np.stack([change.vector for change in fresh.values()]))
+    if len({part.shape[1] for part in parts}) > 1:
+        # Cannot come from one corpus; `_agrees` refuses it.
+        return Rows.empty()
+    return Rows(
+        ids=ids,
+        vectors=np.concatenate(parts),
+        sequences=np.concatenate(
+            [base.sequences[kept], np.array([c.sequence for c in fresh.values()], np.int64)]
+        ),
+        metadata=[metadata[id][1] if id in metadata else {} for id in ids],
+    )
+
+
+def _agrees(rows: Rows, metadata: dict[str, tuple[int, Metadata]]) -> bool:
+    if len(rows) != len(metadata):
+        return False
+    return all(
+        id in metadata and metadata[id][0] == sequence
+        for id, sequence in zip(rows.ids, rows.sequences.tolist(), strict=True)
+    )

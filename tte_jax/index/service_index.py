@@ -1,0 +1,407 @@
+"""A corpus and its live index as one object: what the index service serves."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tte_jax.content import Content, Document, Media, Text
+from tte_jax.corpus.media import open_media
+from tte_jax.corpus.records import (
+    CorpusProfile,
+    MediaRef,
+    Stored,
+    StoredDocument,
+    StoredVersions,
+    validate,
+    validate_id,
+)
+from tte_jax.corpus.store import CorpusStore
+from tte_jax.errors import DataLossError, InvalidInputError, TteError
+from tte_jax.filters import Filter
+from tte_jax.index import consistency, snapshots
+from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
+from tte_jax.index.recovery import recover
+from tte_jax.stages import Hit, IndexEntry
+
+log = logging.getLogger(__name__)
+
+_RETRY_REBUILD_S = 60.0
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """State of a corpus and its index.
+
+    Attributes:
+      documents: live documents.
+      sequence: number of the last write.
+      dimension: D of the vectors, 0 while empty.
+      embedder_version: what made the vectors, "" while empty.
+      searcher: "exact", "scann-ah" or "scann-tree-ah".
+      generation: counts rebuilds, from 1.
+      delta_rows: live rows written since the generation was built (searched exactly).
+      dead_rows: rows deleted or replaced that a rebuild will drop.
+      rebuilding: whether a rebuild runs.
+      canary_recall: recall@10 of the serving searcher on its canary sample.
+      snapshot_sequence: sequence of the newest snapshot, 0 = none.
+      database_bytes: bytes of the database, its log and the snapshots.
+      media_bytes: bytes of the documents' media.
+      last_error: why the last rebuild or snapshot in the background failed; "" = it did not.
+    """
+
+    documents: int
+    sequence: int
+    dimension: int
+    embedder_version: str
+    searcher: str
+    generation: int
+    delta_rows: int
+    dead_rows: int
+    rebuilding: bool
+    canary_recall: float
+    snapshot_sequence: int
+    database_bytes: int
+    media_bytes: int
+    last_error: str
+
+
+@dataclass(frozen=True)
+class SnapshotReport:
+    """A finished snapshot: the last write it contains, and its size."""
+
+    sequence: int
+    bytes: int
+
+
+class CorpusIndex:
+    """Documents, vectors and search. Every method may be called from any thread.
+
+    A write is durable in the database before it becomes visible, and visible before the call
+    returns. Use `CorpusIndex.open`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        media_uri: str = "",
+        config: IndexConfig | None = None,
+        snapshot_every: int = 10_000,
+    ) -> None:
+        self.store = CorpusStore.open(path)
+        try:
+            self._snapshots = path / "snapshots"
+            self._snapshot_every = snapshot_every
+            media_uri = media_uri or self.store.value("media_uri") or str(path / "media")
+            self.media = open_media(media_uri)
+            # The default moves with the directory, so only another place is remembered.
+            if media_uri not in (str(path / "media"), self.store.value("media_uri")):
+                self.store.set_value("media_uri", media_uri)
+            rows, self._snapshot_sequence = recover(self.store, self._snapshots)
+            self.live = LiveIndex(rows, sequence=self.store.sequence, config=config)
+        except BaseException:
+            self.store.close()
+            raise
+        self._write_lock = threading.Lock()
+        self._snapshot_lock = threading.Lock()
+        self._background: threading.Thread | None = None
+        self._retry_at = 0.0
+        self._last_error = ""
+        self._closed = False
+        self._maintain()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        media_uri: str = "",
+        config: IndexConfig | None = None,
+        snapshot_every: int = 10_000,
+    ) -> CorpusIndex:
+        """Open or create a corpus and bring its index up to date.
+
+        Args:
+          path: the corpus directory.
+          media_uri: where media files are, any fsspec URI; "" = what the corpus remembers, else
+            `media/` in the directory.
+          config: thresholds of the index.
+          snapshot_every: writes between automatic snapshots.
+
+        Raises: as `CorpusStore.open`.
+        """
+        return cls(Path(path), media_uri=media_uri, config=config, snapshot_every=snapshot_every)
+
+    def upsert(self, entries: Sequence[IndexEntry]) -> int:
+        """Store documents durably, all or nothing; returns the last entry's sequence number.
+
+        Of several entries with one id the last wins. Media travel inside the documents' content
+        and go to the media store first.
+
+        Raises:
+          InvalidInputError: a bad id, metadata value or vector.
+          PreconditionError: another dimension or embedder version than the corpus has.
+          StorageFullError: no space; nothing was stored.
+        """
+        validate(entries)
+        if not entries:
+            return self.store.sequence
+        with self._write_lock:
+            self.store.admit(entries)
+            hashes = {m.sha256 for e in entries for m in e.document.content.media}
+            old = self.store.media_of([e.document.id for e in entries])
+            try:
+                for media in (m for e in entries for m in e.document.content.media):
+                    self.media.put(media.data)
+                sequences = self.store.upsert(entries)
+            except BaseException:
+                self._drop_media(hashes)
+                raise
+            self.live.apply(
+                [
+                    Stored(
+                        sequence,
+                        e.document.id,
+                        np.asarray(e.vector, np.float32),
+                        dict(e.document.metadata),
+                    )
+                    for sequence, e in zip(sequences, entries, strict=True)
+                ]
+            )
+            self._drop_media(old - hashes)
+        self._maintain()
+        return sequences[-1]
+
+    def delete(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Delete durably; returns (deleted ids, unknown ids). Unknown ids are no error.
+
+        Media that no other document names are deleted too.
+        """
+        for i, id in enumerate(ids):
+            validate_id(id, f"ids[{i}]")
+        with self._write_lock:
+            media = self.store.media_of(ids)
+            removed, unknown = self.store.delete(ids)
+            self.live.apply(removed)
+            self._drop_media(media)
+        self._maintain()
+        return [r.id for r in removed], unknown
+
+    def search(self, vector: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
+        """At most k live documents by falling cosine, ties by id, with their reasoning.
+
+        Args:
+          vector: [D] floats; its length does not matter.
+          k: at least 1.
+          filter: condition on metadata.
+
+        Raises:
+          InvalidInputError: k < 1, or a vector that is not finite or is zero.
+          PreconditionError: another dimension than the corpus has.
+        """
+        query = _unit(vector)
+        if k < 1:
+            raise InvalidInputError(f"k must be at least 1, got {k}", field="k")
+        found = self.live.search(query, k, filter)
+        reasonings = self.store.reasonings([f.id for f in found])
+        if len(reasonings) < len(found):
+            # Deleted between the two reads: look again, so that others can fill the places.
+            found = self.live.search(query, k, filter)
+            reasonings = self.store.reasonings([f.id for f in found])
+        return [
+            Hit(f.id, f.cosine, reasonings[f.id], dict(f.metadata))
+            for f in found
+            if f.id in reasonings
+        ]
+
+    def get(
+        self, ids: Sequence[str], *, omit_media: bool = False, max_media_bytes: int | None = None
+    ) -> list[Document | None]:
+        """The documents with their media; `None` where the id is unknown.
+
+        Args:
+          ids: document ids.
+          omit_media: leave media parts out and read no media file.
+          max_media_bytes: refuse when the media together are larger.
+
+        Raises:
+          InvalidInputError: more media than `max_media_bytes` (`RESPONSE_TOO_LARGE`).
+          DataLossError: a media file is missing or damaged.
+        """
+        for i, id in enumerate(ids):
+            validate_id(id, f"ids[{i}]")
+        rows = self.store.documents(ids)
+        if max_media_bytes is not None and not omit_media:
+            _limit_media([rows[id] for id in ids if id in rows], max_media_bytes)
+        out: list[Document | None] = []
+        for id in ids:
+            row = rows.get(id)
+            try:
+                out.append(None if row is None else self._document(row, omit_media))
+            except DataLossError:
+                # A delete or a replacement since the row was read takes its media along.
+                now = self.store.documents([id]).get(id)
+                if now is not None and row is not None and now.sequence == row.sequence:
+                    raise
+                out.append(None if now is None else self._document(now, omit_media))
+        return out
+
+    def existing(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
+        """Content hash and model versions of the ids that exist; lets ingest skip finished work."""
+        return self.store.versions(ids)
+
+    def stats(self) -> IndexStats:
+        view = self.live.view
+        profile = self.store.profile or CorpusProfile(0, "")
+        generation = view.generation
+        delta_live = int(view.delta_alive.sum())
+        return IndexStats(
+            documents=view.live,
+            sequence=view.sequence,
+            dimension=profile.dimension,
+            embedder_version=profile.embedder_version,
+            searcher=generation.searcher.kind if generation.searcher else "exact",
+            generation=generation.number,
+            delta_rows=delta_live,
+            dead_rows=len(view.alive) + len(view.delta_alive) - view.live,
+            rebuilding=self.live.rebuilding,
+            canary_recall=generation.recall,
+            snapshot_sequence=self._snapshot_sequence,
+            database_bytes=self.store.database_bytes()
+            + sum(snapshots.size(path) for path in snapshots.listed(self._snapshots)),
+            media_bytes=self.store.media_bytes(),
+            last_error=self._last_error,
+        )
+
+    def snapshot(self) -> SnapshotReport:
+        """Write a snapshot beside serving.
+
+        Raises:
+          StorageFullError: no space; the older snapshots still stand.
+        """
+        with self._snapshot_lock:
+            view = self.live.view
+            path = snapshots.write(
+                self._snapshots,
+                view.gather(),
+                corpus_id=self.store.corpus_id,
+                sequence=view.sequence,
+            )
+            self._snapshot_sequence = view.sequence
+            # Replay from the oldest snapshot kept must stay possible.
+            oldest = int(snapshots.listed(self._snapshots)[-1].name)
+            self.store.forget_tombstones(oldest)
+            return SnapshotReport(view.sequence, snapshots.size(path))
+
+    def rebuild(self) -> RebuildReport:
+        """Build a new generation beside serving, check its recall, swap it in.
+
+        Raises: as `LiveIndex.rebuild`.
+        """
+        return self.live.rebuild()
+
+    def verify(self, *, media: bool = True) -> list[str]:
+        """Compare index, database and media; returns what is wrong, empty = all agree.
+
+        Writes wait meanwhile. `media=False` skips reading every media file.
+        """
+        with self._write_lock:
+            rows = self.live.view.gather()
+            return consistency.problems(self.store, rows, self.media if media else None)
+
+    def close(self) -> None:
+        """Wait for the background work, snapshot if many writes happened since, close."""
+        with self._write_lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._background is not None:
+            # A searcher under construction cannot be interrupted and is not worth waiting for.
+            self._background.join(timeout=10.0)
+        try:
+            self._snapshot_if_due()
+        finally:
+            self.store.close()
+
+    def _document(self, row: StoredDocument, omit_media: bool) -> Document:
+        parts = tuple(
+            part
+            if isinstance(part, Text)
+            else Media(self.media.get(part.sha256), part.kind, part.page)
+            for part in row.parts
+            if isinstance(part, Text) or not omit_media
+        )
+        return Document(row.id, Content(parts), row.metadata, row.reasoning, row.sequence)
+
+    def _drop_media(self, hashes: set[str]) -> None:
+        # Losing this race with a crash leaves a file nobody names: harmless, so never an error.
+        try:
+            for sha256 in self.store.unreferenced(sorted(hashes)) if hashes else ():
+                self.media.remove(sha256)
+        except (OSError, TteError) as exc:
+            log.warning("unneeded media files stay behind: %s", exc)
+
+    def _maintain(self) -> None:
+        """Start a rebuild or a snapshot in the background when one is due."""
+        with self._write_lock:
+            running = self._background is not None and self._background.is_alive()
+            if self._closed or running or self.live.rebuilding or time.monotonic() < self._retry_at:
+                return
+            if not self.live.needs_rebuild() and not self._snapshot_due():
+                return
+            self._background = threading.Thread(
+                target=self._maintain_now, name="index-maintenance", daemon=True
+            )
+            self._background.start()
+
+    def _maintain_now(self) -> None:
+        try:
+            while self.live.needs_rebuild() and not self._closed:
+                self.live.rebuild()
+            if not self._closed:
+                self._snapshot_if_due()
+            self._last_error = ""
+        except Exception as exc:
+            # The old generation serves on; what failed is in the stats and tried again later.
+            log.exception("index maintenance failed")
+            self._last_error = exc.message if isinstance(exc, TteError) else type(exc).__name__
+            self._retry_at = time.monotonic() + _RETRY_REBUILD_S
+
+    def _snapshot_due(self) -> bool:
+        return self.live.view.sequence - self._snapshot_sequence >= self._snapshot_every
+
+    def _snapshot_if_due(self) -> None:
+        if self._snapshot_due():
+            self.snapshot()
+
+
+def _limit_media(rows: Sequence[StoredDocument], limit: int) -> None:
+    total = sum(part.size for row in rows for part in row.parts if isinstance(part, MediaRef))
+    if total > limit:
+        raise InvalidInputError(
+            f"the media of these {len(rows)} documents have {total} bytes, more than the "
+            f"{limit} that one answer holds. Ask for fewer ids, or leave the media out.",
+            field="ids",
+            reason="RESPONSE_TOO_LARGE",
+        )
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    vector = np.asarray(vector, dtype=np.float64)
+    if vector.ndim != 1 or not vector.size:
+        raise InvalidInputError(
+            f"the query vector must have one dimension, got shape {vector.shape}", field="vector"
+        )
+    norm = float(np.linalg.norm(vector))
+    if not np.isfinite(norm) or norm == 0.0:
+        raise InvalidInputError(
+            f"the query vector must be finite and not zero, its length is {norm}", field="vector"
+        )
+    return (vector / norm).astype(np.float32)
