@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +76,7 @@ async def batches(
     finally:
         if pending is not None:
             pending.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await pending
+            await asyncio.gather(pending, return_exceptions=True)
 
 
 def _work(position: int, document: IngestInput) -> Work:
