@@ -342,19 +342,20 @@ class Batcher:
                 return
             if not isinstance(error, TteError):
                 log.exception("a request failed on the device")
-            results = [_as_tte(error)]
+            results = [as_tte(error)]
         self.queue.stats.batches += 1
         self.queue.ran(sum(e.cost for e in entries), time.monotonic() - start)
         for entry, result in zip(entries, results, strict=True):
             if isinstance(result, BaseException):
                 self.queue.stats.failed += 1
-                complete(entry.future, error=_as_tte(result))
+                complete(entry.future, error=as_tte(result))
             else:
                 self.queue.stats.completed += 1
                 complete(entry.future, result=result)
 
 
-def _as_tte(error: BaseException) -> TteError:
+def as_tte(error: BaseException) -> TteError:
+    """The error as callers may see it: one of ours as it is, anything else as `InternalError`."""
     if isinstance(error, TteError):
         return error
     # Callers may be on another machine: the log has the cause, the message has no internals.

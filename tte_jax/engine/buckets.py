@@ -28,7 +28,8 @@ class Buckets:
       embed: (b, T): b whole sequences of at most T tokens.
       prefix: S: tokens of a shared prefix (one query) of the reranker.
       score: (N, T): N candidates of at most T tokens behind one prefix.
-      slots: how many sequences decode together.
+      decode: how many slots decode together: the largest is the number of slots, smaller ones run
+        when only the first few slots are taken (one query alone need not pay for all).
       new_tokens: the largest token budget of one reasoning.
       decode_steps: tokens per slot and dispatch; also how late a cancellation is seen.
     """
@@ -38,9 +39,13 @@ class Buckets:
     embed: tuple[Shape, ...] = ()
     prefix: tuple[int, ...] = ()
     score: tuple[Shape, ...] = ()
-    slots: int = 16
+    decode: tuple[int, ...] = (4, 16)
     new_tokens: int = 96
     decode_steps: int = 8
+
+    @property
+    def slots(self) -> int:
+        return max(self.decode)
 
     @property
     def cache_length(self) -> int:
@@ -78,7 +83,6 @@ FULL = Buckets(
     embed=((1, 512), (8, 1024), (2, 2560)),
     prefix=(512, 1024),
     score=((16, 512), (8, 1024)),
-    slots=16,
     new_tokens=512,
 )
 """Real checkpoints (2B, 7B) on an accelerator."""
@@ -166,7 +170,7 @@ def _parse(key: str, value: Any, *, like: Any) -> Any:
         return positive(value)
     if not isinstance(value, list | tuple):
         raise PreconditionError(f"buckets.{key}: expected a list, got {value!r}")
-    if key == "prefix":
+    if key in ("prefix", "decode"):
         return tuple(positive(x) for x in value)
     for pair in value:
         if not isinstance(pair, list | tuple) or len(pair) != 2:

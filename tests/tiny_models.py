@@ -1,0 +1,147 @@
+"""Tiny random model directories of the served families, made on the spot and whole:
+configuration, tokenizer, image processor, weights and `tte.json`."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.registry import model_config
+from tte_jax.weights import hf
+
+CONTROLS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+THINK_TAGS = ["<think>", "</think>"]
+VOCABULARY = 512
+CORPUS = [
+    "user assistant What is this? Find: Change: Seen: Query: <Query>: <Document>: Answer:",
+    "yes no yes no a smiling cat face with a dark skin tone the thing that is wanted",
+] * 4
+
+BUCKETS = {
+    "images": [[1, 16], [4, 16]],
+    "prefill": [[1, 32], [4, 32], [2, 64]],
+    "embed": [[1, 64], [4, 32], [4, 64]],
+    "prefix": [48],
+    "score": [[4, 32], [2, 64]],
+    "decode": [2, 4],
+    "new_tokens": 24,
+    "decode_steps": 4,
+}
+
+
+def tokenizer(*, think_tags: bool = True) -> Tokenizer:
+    """A byte-level BPE of 512 ids with the control tokens of the Qwen family."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    controls = CONTROLS + (THINK_TAGS if think_tags else [])
+    bpe.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(controls),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.add_special_tokens([AddedToken(c, special=True) for c in CONTROLS])
+    if think_tags:
+        bpe.add_tokens([AddedToken(t, special=False) for t in THINK_TAGS])
+    return bpe
+
+
+def write_model(
+    directory: Path,
+    *,
+    family: str,
+    roles: list[str],
+    seed: int = 0,
+    scale: float = 6.0,
+    think_tags: bool = True,
+    buckets: dict[str, Any] | None = None,
+) -> Path:
+    """A model directory with random weights.
+
+    Args:
+      family: "qwen2_vl" or "qwen3".
+      scale: factor on all matrices; the default makes the outputs depend on every input.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    bpe = tokenizer(think_tags=think_tags)
+    bpe.save(str(directory / "tokenizer.json"))
+    text: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": bpe.token_to_id("<|im_end|>"),
+    }
+    config = {"model_type": family, **text}
+    if family == "qwen2_vl":
+        config |= {
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "image_token_id": bpe.token_to_id("<|image_pad|>"),
+            "video_token_id": bpe.token_to_id("<|video_pad|>"),
+            "vision_start_token_id": bpe.token_to_id("<|vision_start|>"),
+            "vision_config": {
+                "depth": 1,
+                "embed_dim": 32,
+                "num_heads": 2,
+                "mlp_ratio": 2.0,
+                "in_channels": 3,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "hidden_size": 64,
+            },
+        }
+        processor = {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56}
+        (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    (directory / "config.json").write_text(json.dumps(config))
+    spec = {"format": 1, "prompts": "mini", "role": roles, "name": f"tiny-{family}"}
+    spec["buckets"] = {**BUCKETS, **(buckets or {})}
+    (directory / "tte.json").write_text(json.dumps(spec))
+    hf.export(random_model(directory, seed=seed, scale=scale), directory)
+    return directory
+
+
+def random_model(directory: Path, *, seed: int = 0, scale: float = 6.0) -> MultimodalLM:
+    """A model of the directory's configuration, its matrices scaled up from their initial size."""
+    model = MultimodalLM(model_config(directory), rngs=nnx.Rngs(seed), dtype=jnp.float32)
+    graph, state = nnx.split(model)
+    # Norm weights are all ones and biases all zeros; only what is random is scaled.
+    state = jax.tree.map(
+        lambda x: x * scale if bool(np.std(np.asarray(x)) > 1e-4) else x, state
+    )
+    return nnx.merge(graph, state)
+
+
+def png(seed: int, width: int = 56, height: int = 56) -> bytes:
+    """A PNG of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()

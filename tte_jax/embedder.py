@@ -1,0 +1,241 @@
+"""The embedder: content and its reasoning to one L2-normalised vector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tte_jax.content import Usage
+from tte_jax.engine import programs
+from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
+from tte_jax.engine.buckets import Buckets, rows_bucket, smallest
+from tte_jax.engine.inputs import ModelInput, model_input, pad_rows, place_features
+from tte_jax.engine.role import Role, results, windows
+from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.engine.vision import VisionEncoder
+from tte_jax.errors import InternalError, InvalidInputError
+from tte_jax.stages import EmbedItem
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """One input's vector [D] float32 and what it cost (tokens; seconds)."""
+
+    vector: np.ndarray
+    tokens_in: int
+    cached_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+class Embedder(Role):
+    """Pools the last token of content + ECR; inputs of about the same length run together."""
+
+    stage = "embed"
+
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        queue: RequestQueue | None = None,
+        vision_cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        super().__init__(served, queue=queue)
+        config, buckets = served.config, served.buckets
+        self._shapes = buckets.embed
+        self._dtype = np.dtype(served.model.text.norm_d[...].dtype)
+        self.vision = None
+        if config.vision is not None:
+            self.vision = VisionEncoder(
+                self.table, config.vision, buckets.images, cache_bytes=vision_cache_bytes
+            )
+        self._batcher: Batcher | None = None
+        for rows, tokens in self._shapes:
+            vision = self.vision is not None
+            table = (rows * tokens, config.text.hidden_size)
+            self.table.add(
+                "embed",
+                (rows, tokens),
+                programs.embed,
+                jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+                jax.ShapeDtypeStruct((rows, 3, tokens), jnp.int32),
+                jax.ShapeDtypeStruct((rows,), jnp.int32),
+                jax.ShapeDtypeStruct(table, self._dtype) if vision else None,
+                jax.ShapeDtypeStruct((rows, tokens), jnp.int32) if vision else None,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
+    ) -> Self:
+        """Opens a model directory; compiles at `warmup` or at the first call.
+
+        Raises: as `engine.served_model.open_model`.
+        """
+        return cls(open_model(directory, role="embedder", dtype=dtype, buckets=buckets))
+
+    @property
+    def dimension(self) -> int:
+        """D, the length of a whole vector."""
+        return self.served.config.text.hidden_size
+
+    def embed(self, items: Sequence[EmbedItem], dimension: int = 0) -> np.ndarray:
+        """[B, D] float32, L2-normalised. Blocking; any number of items.
+
+        Args:
+          dimension: > 0 keeps the first so many elements and normalises again (Matryoshka).
+
+        Raises:
+          InvalidInputError: an item or the dimension is wrong; `field` names which.
+          InternalError: the model made NaN, or failed.
+        """
+        return self.run(items, dimension)[0]
+
+    def run(self, items: Sequence[EmbedItem], dimension: int = 0) -> tuple[np.ndarray, Usage]:
+        """`embed` with what it cost."""
+        self.check_dimension(dimension)
+        self.warmup()
+        futures: list[Future[Embedded]] = []
+        try:
+            for offset, window in windows(items):
+                inputs = self.prepare_all(
+                    lambda i, item, at=offset: self.prepare(
+                        item, field=f"inputs[{at + i}].content"
+                    ),
+                    window,
+                )
+                futures += self.submit(inputs, wait=True)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return self.collect(results(futures), dimension)
+
+    def prepare(self, item: EmbedItem, *, field: str = "content") -> ModelInput:
+        """Decodes, patchifies and tokenises one item; host work for a pool thread.
+
+        Raises:
+          InvalidInputError: bad content, or a sequence above this model's limits.
+          UnsupportedError: media for a text model.
+        """
+        one = model_input(self.served.prompts.embed(item, field=field), self.served.config)
+        smallest(
+            one.tokens,
+            (t for _, t in self._shapes),
+            what="the content with its reasoning",
+            field=field,
+        )
+        if self.vision is not None:
+            self.vision.check(one.images, field=field)
+        return one
+
+    def submit(
+        self, inputs: Sequence[ModelInput], *, deadline: float | None = None, wait: bool = False
+    ) -> list[Future[Embedded]]:
+        """Queues prepared inputs as one request.
+
+        Args:
+          deadline: `time.monotonic()` instant.
+          wait: block while the queue is full instead of raising `OverloadedError`.
+
+        Raises:
+          OverloadedError, UnavailableError: as `RequestQueue.put`, and before warm-up.
+        """
+        self.require_ready()
+        entries = [
+            Entry(
+                one,
+                cost=one.tokens,
+                group=smallest(one.tokens, (t for _, t in self._shapes), what="the content"),
+                deadline=deadline,
+            )
+            for one in inputs
+        ]
+        if entries:
+            self.queue.put(entries, wait=wait)
+        return [e.future for e in entries]
+
+    def collect(
+        self, embedded: Sequence[Embedded], dimension: int = 0
+    ) -> tuple[np.ndarray, Usage]:
+        """Results of one request as a matrix, cut to `dimension`, and their usage."""
+        vectors = np.zeros((len(embedded), self.dimension), np.float32)
+        for row, one in enumerate(embedded):
+            vectors[row] = one.vector
+        usage = Usage(
+            self.stage,
+            tokens_in=sum(e.tokens_in for e in embedded),
+            cached_tokens=sum(e.cached_tokens for e in embedded),
+            queue_s=max((e.queue_s for e in embedded), default=0.0),
+            compute_s=max((e.compute_s for e in embedded), default=0.0),
+            model_version=self.version,
+        )
+        return truncate(vectors, dimension), usage
+
+    def check_dimension(self, dimension: int) -> None:
+        """Raises InvalidInputError unless 0 <= dimension <= D."""
+        if not 0 <= dimension <= self.dimension:
+            raise InvalidInputError(
+                f"dimension: {dimension} is outside 0 to {self.dimension}, the dimension of "
+                f"{self.served.name}",
+                field="dimension",
+                limit=self.dimension,
+            )
+
+    def _run_batch(self, entries: list[Entry]) -> list[Any]:
+        start = time.monotonic()
+        inputs: list[ModelInput] = [e.payload for e in entries]
+        tokens = entries[0].group
+        rows = rows_bucket(len(inputs), sorted(b for b, t in self._shapes if t == tokens))
+        if rows < len(inputs):
+            return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
+        ids, positions, n = pad_rows(inputs, (rows, tokens))
+        vis = vis_idx = None
+        known: set[str] = set()
+        if self.vision is not None:
+            features, known = self.vision.features(i for one in inputs for i in one.images)
+            vis, vis_idx = place_features(
+                inputs, (rows, tokens), features, width=self.dimension, dtype=self._dtype
+            )
+        z = np.asarray(
+            self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx)
+        )
+        spent = time.monotonic() - start
+        merged = self.served.config.vision.merged if self.served.config.vision else 1
+        out: list[Any] = []
+        for row, (entry, one) in enumerate(zip(entries, inputs, strict=True)):
+            if not np.isfinite(z[row]).all():
+                out.append(
+                    InternalError(
+                        "the embedder produced a vector that is not finite", reason="NAN"
+                    )
+                )
+                continue
+            cached = sum(len(i.patches) // merged for i in one.images if i.key in known)
+            out.append(Embedded(z[row].copy(), one.tokens, cached, entry.queue_s, spent))
+        return out
+
+    def _start(self) -> None:
+        self._batcher = Batcher(
+            self._run_batch, max_batch=max(b for b, _ in self._shapes), queue=self.queue
+        )
+
+    def _stop(self) -> None:
+        if self._batcher is not None:
+            self._batcher.close()
+
+
+def truncate(vectors: np.ndarray, dimension: int) -> np.ndarray:
+    """The first `dimension` elements, normalised again; 0 or the whole length = unchanged."""
+    if dimension in (0, vectors.shape[1]):
+        return vectors
+    cut = vectors[:, :dimension]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,191 @@
+"""The ahead-of-time table: every program of a process, compiled before the first request.
+
+Serving calls only what is in the table. A shape that is not in it is an error at once, never a
+compilation of half a minute in the middle of a request; `backend_compiles` counts what the whole
+process compiled and is how tests and operators check that.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tte_jax.errors import InternalError, PreconditionError
+from tte_jax.models.multimodal import MultimodalLM
+
+Progress = Callable[[int, int, str], None]
+"""Called as (done, total, name of the program just compiled), from any thread."""
+
+# One XLA compilation takes about one core; tracing holds the interpreter lock. More threads than
+# two gained nothing on small models and doubled the peak memory on large ones.
+COMPILE_THREADS = 2
+
+
+class _CompileCounter:
+    """Counts XLA compilations of this process, those answered by the persistent cache included."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+        self.cache_hits = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, _seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            with self._lock:
+                self.count += 1
+
+    def _on_event(self, event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            with self._lock:
+                self.cache_hits += 1
+
+
+_counter = _CompileCounter()
+
+
+def backend_compiles() -> int:
+    """XLA compilations in this process since `tte_jax.engine.executables` was imported."""
+    return _counter.count
+
+
+def compile_cache_hits() -> int:
+    """How many of `backend_compiles` were read from the persistent cache."""
+    return _counter.cache_hits
+
+
+def enable_compile_cache(directory: str | Path) -> Path:
+    """Keeps compiled programs on disk; call before anything is compiled.
+
+    The files are executable code: the directory is made for its owner alone (0700), and one that
+    others can write to is refused.
+
+    Raises:
+      PreconditionError: the directory cannot be made, or is writable by group or others.
+    """
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreconditionError(
+            f"compile cache {path}: cannot be created ({error.strerror}); "
+            "name a directory that this user can write"
+        ) from error
+    if os.name == "posix" and path.stat().st_mode & 0o022:
+        raise PreconditionError(
+            f"compile cache {path}: others can write there, and its files are executed; "
+            f"run `chmod go-w {path}` or name another directory"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return path
+
+
+@dataclass(frozen=True)
+class _Program:
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...]
+
+
+class ExecutableTable:
+    """Programs over one model, compiled per key.
+
+    Parameters are passed as flat leaves: handing a module of hundreds of variables to an
+    executable costs more host time than a decode step of a small model takes.
+    """
+
+    def __init__(self, model: MultimodalLM) -> None:
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        self._leaves = tuple(leaves)
+        self._merge = lambda flat: nnx.merge(graph, jax.tree.unflatten(tree, flat))
+        self._programs: dict[tuple[str, Hashable], _Program] = {}
+        self._table: dict[tuple[str, Hashable], jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+        self._ready = threading.Event()
+        self.warmup_s = 0.0
+
+    def __len__(self) -> int:
+        """How many executables are compiled."""
+        return len(self._table)
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
+
+    def add(
+        self,
+        name: str,
+        key: Hashable,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+    ) -> None:
+        """Declares `function(model, *arguments)`.
+
+        Args:
+          arguments: pytrees of `jax.ShapeDtypeStruct`.
+          donate: which of `arguments` (from 0) the program may overwrite.
+        """
+        self._programs[name, key] = _Program(function, arguments, donate)
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compiles what is declared and not yet compiled. Idempotent and thread-safe."""
+        with self._lock:
+            missing = [key for key in self._programs if key not in self._table]
+            if not missing:
+                self._ready.set()
+                return
+            start = time.monotonic()
+            with ThreadPoolExecutor(COMPILE_THREADS, "compile") as pool:
+                jobs = {pool.submit(self._compile, self._programs[key]): key for key in missing}
+                for done, job in enumerate(as_completed(jobs), start=1):
+                    name, key = jobs[job]
+                    self._table[name, key] = job.result()
+                    if progress is not None:
+                        progress(done, len(missing), f"{name}{_shape_text(key)}")
+            self.warmup_s += time.monotonic() - start
+            self._ready.set()
+
+    def run(self, name: str, key: Hashable, *arguments: Any) -> Any:
+        """Runs a compiled program.
+
+        Raises:
+          InternalError: no such program was compiled.
+          TypeError: the arguments' shapes or dtypes are not those it was compiled for.
+        """
+        try:
+            compiled = self._table[name, key]
+        except KeyError:
+            raise InternalError(
+                f"no executable {name}{_shape_text(key)}: it was not compiled at warm-up"
+            ) from None
+        return compiled(self._leaves, *arguments)
+
+    def _compile(self, program: _Program) -> jax.stages.Compiled:
+        def call(flat: tuple[Any, ...], *arguments: Any) -> Any:
+            return program.function(self._merge(flat), *arguments)
+
+        call.__name__ = getattr(program.function, "__name__", "program")
+        donate = tuple(i + 1 for i in program.donate)
+        shapes = tuple(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves
+        )
+        return jax.jit(call, donate_argnums=donate).lower(shapes, *program.arguments).compile()
+
+
+def _shape_text(key: Hashable) -> str:
+    parts = key if isinstance(key, tuple) else (key,)
+    return "[" + ",".join(str(p) for p in parts) + "]"

@@ -1,0 +1,133 @@
+"""Prompts as padded host arrays, and vision features put where their tokens stand. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tte_jax.errors import InternalError, UnsupportedError
+from tte_jax.models.config import ModelConfig
+from tte_jax.preprocess.patches import Grid
+from tte_jax.preprocess.positions import mrope_positions, text_positions
+from tte_jax.preprocess.template import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One image's patches [n, C] float32, its grid and the content hash that names its features."""
+
+    key: str
+    patches: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """One sequence, unpadded.
+
+    Attributes:
+      ids: [T] int32.
+      positions: [3, T] int32.
+      next_pos: position of the token that would follow.
+      images: in the order of their tokens.
+      is_media: [T] bool, True at vision tokens.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    next_pos: int
+    images: tuple[ImageInput, ...]
+    is_media: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
+def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> ModelInput:
+    """A prompt with its positions, beginning at position `start` (behind a shared prefix).
+
+    Raises:
+      UnsupportedError: the prompt has images and the model no vision tower.
+    """
+    ids = np.asarray(prompt.ids, np.int32)
+    images = tuple(
+        ImageInput(key, patches, grid)
+        for key, (patches, grid) in zip(prompt.image_keys, prompt.images, strict=True)
+    )
+    if config.vision is None or config.image_token_id is None:
+        if images:
+            raise UnsupportedError(
+                f"a {config.model_type} model reads text only, and the input has an image",
+                reason="NO_VISION",
+            )
+        return ModelInput(
+            ids, text_positions(len(ids), start), start + len(ids), (), np.zeros(len(ids), bool)
+        )
+    video = -1 if config.video_token_id is None else config.video_token_id
+    positions, next_pos = mrope_positions(
+        ids,
+        [image.grid for image in images],
+        image_token_id=config.image_token_id,
+        video_token_id=video,
+        merge_size=config.vision.merge_size,
+    )
+    is_media = (ids == config.image_token_id) | (ids == video)
+    return ModelInput(ids, positions + start, next_pos + start, images, is_media)
+
+
+def pad_rows(
+    inputs: Sequence[ModelInput], shape: tuple[int, int], *, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right-padded arrays of a bucket.
+
+    Returns:
+      ids [B, T] int32, positions [B, 3, T] int32, n [B] int32 (0 for rows without an input).
+    """
+    rows, tokens = shape
+    ids = np.full((rows, tokens), pad_id, np.int32)
+    positions = np.zeros((rows, 3, tokens), np.int32)
+    n = np.zeros(rows, np.int32)
+    for row, one in enumerate(inputs):
+        ids[row, : one.tokens] = one.ids
+        positions[row, :, : one.tokens] = one.positions
+        n[row] = one.tokens
+    return ids, positions, n
+
+
+def place_features(
+    inputs: Sequence[ModelInput],
+    shape: tuple[int, int],
+    features: Mapping[str, np.ndarray],
+    *,
+    width: int,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The feature table and the index into it.
+
+    The table has one row per token of the bucket, and a vision token's feature lies in its own
+    row: B*T rows always suffice, so the number of images needs no bucket of its own.
+
+    Args:
+      features: [v, D] of each image key.
+
+    Returns:
+      vis [B*T, D] of `dtype`, vis_idx [B, T] int32 (-1 at text).
+    """
+    rows, tokens = shape
+    vis = np.zeros((rows * tokens, width), dtype)
+    vis_idx = np.full((rows, tokens), -1, np.int32)
+    for row, one in enumerate(inputs):
+        if not one.images:
+            continue
+        places = np.flatnonzero(one.is_media)
+        table = np.concatenate([features[image.key] for image in one.images])
+        if len(table) != len(places):
+            raise InternalError(
+                f"{len(places)} vision tokens, but the images make {len(table)} features"
+            )
+        vis[row * tokens + places] = table
+        vis_idx[row, places] = row * tokens + places
+    return vis, vis_idx

@@ -1,0 +1,370 @@
+"""The device programs: pure functions of a model and arrays, with static shapes.
+
+Every program takes the model first and is compiled once per bucket by
+`tte_jax.engine.executables`. Rows and tokens beyond the real ones are padding: `n` says how many
+tokens of each row are real, and nothing that padding holds changes a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.text import KVCache
+
+NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What decides each slot's next token. All fields are [B].
+
+    Attributes:
+      last_token: int32, the token to be read next.
+      generated: int32, new tokens so far, forced ones included.
+      limit: int32, the budget; never exceeded.
+      close_at: int32, value of `generated` at which an open think block is closed by force.
+      forced: int32, how many tokens of the forced close were written; -1 = not forcing.
+      matched: int32, how many tokens of the close tag the newest tokens match.
+      closed: bool, the think block has been closed, by the model or by force.
+      done: bool, stopped or empty.
+      failed: bool, the logits were not finite; the slot is done.
+      temperature: float32, 0 = greedy.
+      top_p: float32, nucleus; 1 = all tokens.
+      seed: uint32; token i of a slot depends on (seed, i) alone, not on its neighbours.
+    """
+
+    last_token: Array
+    generated: Array
+    limit: Array
+    close_at: Array
+    forced: Array
+    matched: Array
+    closed: Array
+    done: Array
+    failed: Array
+    temperature: Array
+    top_p: Array
+    seed: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """The slots; donated to every program that changes them.
+
+    Attributes:
+      k, v: [L B S K H] keys and values; place j of slot b counts when j < length[b].
+      length: [B] int32 filled places.
+      next_pos: [B] int32 rotary position of the next token (all three axes are equal for text).
+      control: see `Control`.
+    """
+
+    k: Array
+    v: Array
+    length: Array
+    next_pos: Array
+    control: Control
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Token ids the decode loop knows by value.
+
+    Attributes:
+      stop: ids that end a sequence.
+      close_tag: ids of `</think>`, the sign that the model closed its thinking.
+      forced_close: ids written by force at the limit: the tag and the answer's label.
+    """
+
+    stop: tuple[int, ...]
+    close_tag: tuple[int, ...]
+    forced_close: tuple[int, ...]
+
+
+def encode_images(
+    model: MultimodalLM,
+    patches: Float[Array, "G P C"],
+    hw: Int[Array, "G P 2"],
+    segments: Int[Array, "G P"],
+) -> Float[Array, "V D"]:
+    """Vision features of G packs, one row per merged patch, padding included."""
+    return model.encode_images(patches, hw, segments)
+
+
+def embed(
+    model: MultimodalLM,
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B 3 T"],
+    n: Int[Array, " B"],
+    vis: Float[Array, "V D"] | None,
+    vis_idx: Int[Array, "B T"] | None,
+) -> Float[Array, "B D"]:
+    """Hidden state of each row's last real token, L2-normalised in float32."""
+    hidden, _ = model.forward(
+        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
+    )
+    z = _last(hidden, n).astype(jnp.float32)
+    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def prefix(
+    model: MultimodalLM, ids: Int[Array, "1 S"], positions: Int[Array, "1 3 S"], n: Int[Array, "1"]
+) -> KVCache:
+    """Keys and values of a shared prefix, computed once for all candidates."""
+    _, (k, v) = model.forward(ids, valid=_valid(ids, n), positions=positions)
+    return KVCache(k=k, v=v, length=n)
+
+
+def score(
+    model: MultimodalLM,
+    before: KVCache,
+    ids: Int[Array, "N T"],
+    positions: Int[Array, "N 3 T"],
+    n: Int[Array, " N"],
+    *,
+    yes_id: int,
+    no_id: int,
+) -> Float[Array, " N"]:
+    """P(yes) = sigmoid((W_yes - W_no) . h_last): two rows of the output head, not all of it."""
+    hidden, _ = model.forward(ids, valid=_valid(ids, n), positions=positions, prefix=before)
+    head = model.text.head()
+    difference = (head[:, yes_id] - head[:, no_id]).astype(jnp.float32)
+    return jax.nn.sigmoid(_last(hidden, n).astype(jnp.float32) @ difference)
+
+
+def prefill(
+    model: MultimodalLM,
+    state: DecodeState,
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B 3 T"],
+    n: Int[Array, " B"],
+    vis: Float[Array, "V D"] | None,
+    vis_idx: Int[Array, "B T"] | None,
+    slots: Int[Array, " B"],
+    next_pos: Int[Array, " B"],
+    control: Control,
+    *,
+    stops: Stops,
+) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
+    """Reads prompts into slots and chooses each one's first token.
+
+    Args:
+      state: donated.
+      slots: the slot of each row; the number of slots = a padding row, which is written nowhere.
+      next_pos: rotary position after the prompt.
+      control: fresh control values, `generated` 0.
+
+    Returns:
+      The new state; the first token, whether the slot is done, and whether it failed, per row.
+    """
+    hidden, (k, v) = model.forward(
+        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
+    )
+    token, control = _advance(control, model.logits(_last(hidden, n)), stops)
+    tokens = ids.shape[1]
+    state = DecodeState(
+        k=state.k.at[:, slots, :tokens].set(k.astype(state.k.dtype), mode="drop"),
+        v=state.v.at[:, slots, :tokens].set(v.astype(state.v.dtype), mode="drop"),
+        length=state.length.at[slots].set(n, mode="drop"),
+        next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
+        control=jax.tree.map(
+            lambda old, new: old.at[slots].set(new, mode="drop"), state.control, control
+        ),
+    )
+    return state, token, control.done, control.failed
+
+
+def decode(
+    model: MultimodalLM,
+    state: DecodeState,
+    alive: Bool[Array, " B"],
+    closed: Bool[Array, " B"],
+    *,
+    slots: int,
+    steps: int,
+    stops: Stops,
+) -> tuple[DecodeState, Int[Array, "k B"], Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
+    """`steps` tokens for the first `slots` slots.
+
+    Args:
+      state: donated.
+      alive: False stops a slot: its caller has gone.
+      closed: True where the host saw in the text that thinking is over (a tokenizer may spell
+        the tag in other tokens than `close_tag`).
+
+    Returns:
+      The new state; tokens, `NO_TOKEN` where a slot was done already; and after the last step:
+      `forced`, `done`, `failed`.
+    """
+    part = _rows(state, slots)
+    part = replace(
+        part,
+        control=replace(
+            part.control,
+            done=part.control.done | ~alive[:slots],
+            closed=part.control.closed | closed[:slots],
+        ),
+    )
+
+    def step(s: DecodeState, _: None) -> tuple[DecodeState, Array]:
+        c = s.control
+        rows = jnp.arange(slots)
+        hidden, (k, v) = model.forward(
+            c.last_token[:, None],
+            valid=jnp.ones((slots, 1), bool),
+            positions=jnp.broadcast_to(s.next_pos[:, None, None], (slots, 3, 1)),
+            prefix=KVCache(k=s.k, v=s.v, length=s.length),
+        )
+        token, after = _advance(c, model.logits(hidden[:, 0]), stops)
+        # A done slot keeps its length, so what is written for it lies beyond its end.
+        grown = jnp.where(c.done, 0, 1)
+        s = DecodeState(
+            k=s.k.at[:, rows, s.length].set(k[:, :, 0].astype(s.k.dtype), mode="drop"),
+            v=s.v.at[:, rows, s.length].set(v[:, :, 0].astype(s.v.dtype), mode="drop"),
+            length=s.length + grown,
+            next_pos=s.next_pos + grown,
+            control=after,
+        )
+        return s, jnp.where(c.done, NO_TOKEN, token)
+
+    part, tokens = jax.lax.scan(step, part, None, length=steps)
+    c = part.control
+    return _put_rows(state, part), tokens, c.forced, c.done, c.failed
+
+
+def empty_state(
+    model: MultimodalLM, *, slots: int, length: int, dtype: jnp.dtype | None = None
+) -> DecodeState:
+    """All slots free. The cache takes 2 * L * slots * length * K * H values."""
+    c = model.config.text
+    shape = (c.layers, slots, length, c.kv_heads, c.head_dim)
+    dtype = dtype or model.text.norm_d[...].dtype
+    # Distinct arrays: donation refuses one buffer given twice.
+    return DecodeState(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        length=jnp.zeros((slots,), jnp.int32),
+        next_pos=jnp.zeros((slots,), jnp.int32),
+        control=Control(
+            last_token=jnp.zeros((slots,), jnp.int32),
+            generated=jnp.zeros((slots,), jnp.int32),
+            limit=jnp.zeros((slots,), jnp.int32),
+            close_at=jnp.zeros((slots,), jnp.int32),
+            forced=jnp.full((slots,), -1, jnp.int32),
+            matched=jnp.zeros((slots,), jnp.int32),
+            closed=jnp.zeros((slots,), bool),
+            done=jnp.ones((slots,), bool),
+            failed=jnp.zeros((slots,), bool),
+            temperature=jnp.zeros((slots,), jnp.float32),
+            top_p=jnp.ones((slots,), jnp.float32),
+            seed=jnp.zeros((slots,), jnp.uint32),
+        ),
+    )
+
+
+def _valid(ids: Array, n: Array) -> Array:
+    return jnp.arange(ids.shape[1])[None, :] < n[:, None]
+
+
+def _last(hidden: Array, n: Array) -> Array:
+    return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(n - 1, 0)]
+
+
+def _rows(state: DecodeState, slots: int) -> DecodeState:
+    if slots == state.length.shape[0]:
+        return state
+    return DecodeState(
+        k=state.k[:, :slots],
+        v=state.v[:, :slots],
+        length=state.length[:slots],
+        next_pos=state.next_pos[:slots],
+        control=jax.tree.map(lambda x: x[:slots], state.control),
+    )
+
+
+def _put_rows(state: DecodeState, part: DecodeState) -> DecodeState:
+    slots = part.length.shape[0]
+    if slots == state.length.shape[0]:
+        return part
+    return DecodeState(
+        k=state.k.at[:, :slots].set(part.k),
+        v=state.v.at[:, :slots].set(part.v),
+        length=state.length.at[:slots].set(part.length),
+        next_pos=state.next_pos.at[:slots].set(part.next_pos),
+        control=jax.tree.map(lambda x, y: x.at[:slots].set(y), state.control, part.control),
+    )
+
+
+def _advance(c: Control, logits: Float[Array, "B V"], stops: Stops) -> tuple[Array, Control]:
+    """The next token of each slot and the control values after it; done slots stay as they are.
+
+        generated   0 .. close_at-1     thinking: the model's own tokens
+                    close_at ..         `</think>\\nAnswer:` unless the model closed it itself
+                    .. limit            the answer; done at a stop token or at the limit
+    """
+    token = _choose(c, logits)
+    length = len(stops.forced_close)
+    begin = ~c.closed & (c.forced < 0) & (c.generated >= c.close_at)
+    forced = jnp.where(begin, 0, c.forced)
+    forcing = (forced >= 0) & (forced < length)
+    script = jnp.asarray(stops.forced_close, jnp.int32)
+    token = jnp.where(forcing, script[jnp.clip(forced, 0, length - 1)], token)
+    forced = jnp.where(forcing, forced + 1, forced)
+
+    tag = jnp.asarray(stops.close_tag, jnp.int32)
+    matched = jnp.where(
+        token == tag[jnp.clip(c.matched, 0, len(stops.close_tag) - 1)],
+        c.matched + 1,
+        (token == tag[0]).astype(jnp.int32),
+    )
+    closed = c.closed | (matched == len(stops.close_tag)) | (forced >= 0)
+    matched = jnp.where(closed, 0, matched)
+
+    generated = c.generated + 1
+    stopped = jnp.zeros_like(c.done)
+    for stop in stops.stop:
+        stopped |= token == stop
+    failed = ~jnp.isfinite(logits).all(axis=-1)
+    after = Control(
+        last_token=token,
+        generated=generated,
+        limit=c.limit,
+        close_at=c.close_at,
+        forced=forced,
+        matched=matched,
+        closed=closed,
+        done=(stopped & ~forcing) | (generated >= c.limit) | failed,
+        failed=failed,
+        temperature=c.temperature,
+        top_p=c.top_p,
+        seed=c.seed,
+    )
+    return token, jax.tree.map(lambda old, new: jnp.where(c.done, old, new), c, after)
+
+
+def _choose(c: Control, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample() -> Array:
+        # Sorting the vocabulary costs more than a small model's step: only when somebody samples.
+        scaled = logits / jnp.maximum(c.temperature, 1e-6)[:, None]
+        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+        mass = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(mass, axis=-1) - mass  # the first token always stays
+        kept = jnp.where(before < c.top_p[:, None], ordered, jnp.inf)
+        lowest = jnp.min(kept, axis=-1, keepdims=True)
+        nucleus = jnp.where(scaled >= lowest, scaled, -jnp.inf)
+
+        def draw(seed: Array, count: Array, row: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
+
+        drawn = jax.vmap(draw)(c.seed, c.generated, nucleus).astype(jnp.int32)
+        return jnp.where(c.temperature > 0, drawn, greedy)
+
+    return jax.lax.cond(jnp.any((c.temperature > 0) & ~c.done), sample, lambda: greedy)

@@ -1,0 +1,176 @@
+"""A model directory opened for one role: weights, prompts, bucket ladder and version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tte_jax.content import Media
+from tte_jax.engine.buckets import FULL, MINI, Buckets
+from tte_jax.engine.cache import ByteLru
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
+from tte_jax.models.config import ModelConfig
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.registry import model_config
+from tte_jax.preprocess.prompts import PromptSet
+from tte_jax.preprocess.template import LoadMedia, Patches
+from tte_jax.weights import hf
+
+ROLES = ("reasoner", "embedder", "reranker")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Weights are read whole up to here, which takes milliseconds; of larger files the version reads
+# samples, enough to tell two trainings of one architecture apart.
+_HASH_WHOLE_BYTES = 64 * 2**20
+_HASH_BLOCK, _HASH_BLOCKS = 4096, 256
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a role needs of its model directory.
+
+    Attributes:
+      directory: where it was read.
+      name: `name` of `tte.json`, else the directory's name.
+      version: `name@` and 12 hex digits of a hash over configuration, prompts, tokenizer and
+        weights; equal for equal files wherever they lie.
+      dtype: dtype of weights and activations.
+    """
+
+    directory: Path
+    name: str
+    version: str
+    dtype: str
+    model: MultimodalLM
+    config: ModelConfig
+    prompts: PromptSet
+    buckets: Buckets
+
+
+def open_model(
+    directory: str | Path,
+    *,
+    role: str,
+    dtype: str = "float32",
+    buckets: Buckets | None = None,
+) -> ServedModel:
+    """Reads a model directory.
+
+    Args:
+      role: one of `ROLES`; a directory whose `tte.json` names roles must name this one.
+      dtype: one of `DTYPES`.
+      buckets: the ladder; None = that of `tte.json`, else one that suits its prompts.
+
+    Raises:
+      NotFoundError: the directory or a file in it is missing; the message names what.
+      PreconditionError: a model of another family or role, or unusable files.
+      InvalidInputError: an unknown dtype.
+    """
+    path = Path(directory).expanduser()
+    if dtype not in DTYPES:
+        raise InvalidInputError(
+            f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", field="dtype"
+        )
+    if not path.is_dir():
+        raise NotFoundError(
+            f"no model directory at {path}: expected a directory with config.json, "
+            "tokenizer.json and *.safetensors, such as a Hugging Face download",
+            reason="MODEL_NOT_FOUND",
+            path=path,
+        )
+    spec = _read_spec(path)
+    _check_role(path, spec, role)
+    config = model_config(path)
+    if role == "reranker" and config.vision is not None:
+        raise PreconditionError(
+            f"{path} holds a {config.model_type} model, which reads images; the reranker compares "
+            "texts and needs a text family such as qwen3",
+            reason="MODEL_FAMILY_UNSUPPORTED",
+            model_type=config.model_type,
+        )
+    prompts = PromptSet.from_dir(path)
+    if prompts.load is not None:
+        prompts.load = cached_media(prompts.load)
+    ladder = buckets or (MINI if prompts.name == "mini" else FULL)
+    if buckets is None and "buckets" in spec:
+        ladder = ladder.replace(spec["buckets"])
+    name = str(spec.get("name") or path.name)
+    return ServedModel(
+        directory=path,
+        name=name,
+        version=f"{name}@{fingerprint(path, prompts.name)}",
+        dtype=dtype,
+        model=hf.load(path, dtype=jnp.dtype(dtype)),
+        config=config,
+        prompts=prompts,
+        buckets=ladder,
+    )
+
+
+def cached_media(load: LoadMedia, *, max_bytes: int = 64 * 2**20) -> LoadMedia:
+    """`load` that keeps the newest results: one query's image passes here once per stage."""
+    cache: ByteLru[Patches] = ByteLru(max_bytes, lambda value: value[0].nbytes)
+
+    def cached(media: Media, field: str) -> Patches:
+        key = (media.sha256, media.kind, media.page)
+        value = cache.get(key)
+        if value is None:
+            value = load(media, field)
+            cache.put(key, value)
+        return value
+
+    return cached
+
+
+def fingerprint(directory: Path, prompts: str) -> str:
+    """12 hex digits over everything in the directory that changes what the model answers."""
+    digest = hashlib.sha256(f"prompts:{prompts};".encode())
+    for name in ("config.json", "tte.json", "tokenizer.json", "preprocessor_config.json"):
+        file = directory / name
+        if file.is_file():
+            digest.update(f"{name}:{hashlib.sha256(file.read_bytes()).hexdigest()};".encode())
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            if size <= _HASH_WHOLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for block in range(_HASH_BLOCKS):
+                stream.seek(block * (size - _HASH_BLOCK) // (_HASH_BLOCKS - 1))
+                digest.update(stream.read(_HASH_BLOCK))
+    return digest.hexdigest()[:12]
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    file = path / "tte.json"
+    if not file.is_file():
+        return {}
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise PreconditionError(
+            f"{file} is not valid JSON: {error}", reason="BAD_MODEL_FILE"
+        ) from error
+    if not isinstance(spec, dict):
+        raise PreconditionError(f"{file} does not hold a JSON object", reason="BAD_MODEL_FILE")
+    return spec
+
+
+def _check_role(path: Path, spec: dict[str, Any], role: str) -> None:
+    roles = spec.get("role")
+    if roles is None:
+        return
+    named = [roles] if isinstance(roles, str) else list(roles)
+    if role not in named:
+        raise PreconditionError(
+            f"{path} was made for the role {' and '.join(map(str, named))}, not for {role}; "
+            f"give a model directory whose tte.json names {role}",
+            reason="MODEL_ROLE",
+            role=role,
+        )

@@ -1,0 +1,419 @@
+"""Continuous batching: sequences enter and leave the decode slots while others go on.
+
+One thread owns the device. Each round it frees the slots of callers who have gone, fills free
+slots from the queue, and decodes a few tokens for all of them in one dispatch. A cancelled or
+expired sequence therefore gives its slot back within one dispatch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tte_jax.engine import programs
+from tte_jax.engine.batcher import Entry, RequestQueue, as_tte, complete
+from tte_jax.engine.buckets import Buckets, longest, plan_batches
+from tte_jax.engine.executables import ExecutableTable
+from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
+from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
+from tte_jax.engine.vision import VisionEncoder
+from tte_jax.errors import DeadlineExceededError, InternalError, TteError, UnavailableError
+from tte_jax.models.multimodal import MultimodalLM
+
+log = logging.getLogger(__name__)
+
+ANSWER_RESERVE = 16
+"""Tokens kept back for the answer line when the thinking is closed by force."""
+
+NEVER = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sequence to continue.
+
+    Attributes:
+      input: the prompt.
+      max_tokens: new tokens, forced ones included; never exceeded.
+      close_at: how many tokens may pass before an open think block is closed by force.
+      temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
+      on_tokens: called on the device thread with each dispatch's new ids; must not block.
+    """
+
+    input: ModelInput
+    max_tokens: int
+    close_at: int = NEVER
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    on_tokens: Callable[[list[int]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished sequence.
+
+    Attributes:
+      tokens: the new ids, forced ones and the stop token included.
+      forced: whether the think block was closed by force.
+      cached_tokens: vision tokens of the prompt whose features were cached.
+      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the end.
+    """
+
+    tokens: list[int]
+    forced: bool
+    cached_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+@dataclass
+class DecodeStats:
+    """Counters since the start."""
+
+    prefills: int = 0
+    dispatches: int = 0
+    tokens_out: int = 0
+    slot_steps: int = 0
+    cancelled: int = 0
+
+
+@dataclass(eq=False)
+class _Occupant:
+    entry: Entry
+    job: Job
+    cached_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    closed: bool = False
+    forced: bool = False
+
+
+def think_limit(max_tokens: int, forced: int) -> int | None:
+    """After how many tokens the think block is closed, so that tag, label and answer still fit.
+
+    `forced` is the length of the forced close. The answer gets up to `ANSWER_RESERVE` tokens, or
+    half of what the close leaves when the budget is small. None: not even the close and one
+    token of answer fit.
+    """
+    room = max_tokens - forced
+    if room < 1:
+        return None
+    return room - min(ANSWER_RESERVE, max(1, room // 2))
+
+
+class DecodeLoop:
+    """Slots of one model behind a `RequestQueue`.
+
+    Args:
+      is_closed: says from the ids so far whether the thinking is over, for tokenizers that may
+        spell `</think>` in several ways; None where the tag is one control token.
+    """
+
+    def __init__(
+        self,
+        table: ExecutableTable,
+        model: MultimodalLM,
+        buckets: Buckets,
+        stops: Stops,
+        *,
+        vision: VisionEncoder | None,
+        queue: RequestQueue | None = None,
+        is_closed: Callable[[list[int]], bool] | None = None,
+    ) -> None:
+        self._table = table
+        self._model = model
+        self._buckets = buckets
+        self._vision = vision
+        self._is_closed = is_closed
+        self.queue = RequestQueue() if queue is None else queue
+        self.stats = DecodeStats()
+        self._slots: list[_Occupant | None] = [None] * buckets.slots
+        self._dtype = np.dtype(model.text.norm_d[...].dtype)
+        self._state: DecodeState | None = None
+        self._thread: threading.Thread | None = None
+        self._abort = threading.Event()
+        self._declare(stops)
+
+    @property
+    def active(self) -> int:
+        """How many slots are taken now."""
+        return sum(o is not None for o in self._slots)
+
+    @property
+    def max_prompt(self) -> int:
+        """The longest prompt, tokens."""
+        return longest(self._buckets.prefill)
+
+    def start(self) -> None:
+        """Allocates the caches and starts the thread; after the table's warm-up. Idempotent."""
+        if self._thread is None:
+            self._state = self._empty_state()
+            self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
+            self._thread.start()
+
+    def submit(
+        self, jobs: Sequence[Job], *, deadline: float | None = None, wait: bool = False
+    ) -> list[Future[Generated]]:
+        """Queues the jobs as one request (all or none); cancel a future to free its slot.
+
+        Raises: as `RequestQueue.put`.
+        """
+        entries = [
+            Entry(job, cost=job.input.tokens + job.max_tokens, deadline=deadline) for job in jobs
+        ]
+        self.queue.put(entries, wait=wait)
+        return [e.future for e in entries]
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Fails what waits, lets running sequences end within `timeout_s`, ends the thread."""
+        for entry in self.queue.close():
+            complete(entry.future, error=UnavailableError("the model is shutting down"))
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+            self._abort.set()
+            self._thread.join(timeout_s)
+
+    def _declare(self, stops: Stops) -> None:
+        b = self._buckets
+        state = jax.eval_shape(self._empty_state)
+        width = self._model.config.text.hidden_size
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        for rows, tokens in b.prefill:
+            vis = array(self._dtype, rows * tokens, width) if self._vision else None
+            self._table.add(
+                "prefill",
+                (rows, tokens),
+                partial(programs.prefill, stops=stops),
+                state,
+                array(jnp.int32, rows, tokens),
+                array(jnp.int32, rows, 3, tokens),
+                array(jnp.int32, rows),
+                vis,
+                array(jnp.int32, rows, tokens) if self._vision else None,
+                array(jnp.int32, rows),
+                array(jnp.int32, rows),
+                jax.tree.map(lambda x, rows=rows: array(x.dtype, rows), state.control),
+                donate=(0,),
+            )
+        for slots in sorted(set(b.decode)):
+            self._table.add(
+                "decode",
+                (slots, b.decode_steps),
+                partial(programs.decode, slots=slots, steps=b.decode_steps, stops=stops),
+                state,
+                array(jnp.bool_, b.slots),
+                array(jnp.bool_, b.slots),
+                donate=(0,),
+            )
+
+    def _empty_state(self) -> DecodeState:
+        b = self._buckets
+        return programs.empty_state(self._model, slots=b.slots, length=b.cache_length)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                self._reap()
+                free = [i for i, o in enumerate(self._slots) if o is None]
+                idle = len(free) == len(self._slots)
+                if free:
+                    entries = self.queue.take(
+                        max_entries=len(free), block=idle, same_group=False
+                    )
+                    if entries:
+                        self._admit(entries, free)
+                    elif idle and self.queue.closed:
+                        return
+                if self._abort.is_set():
+                    self._fail_all(UnavailableError("the model is shutting down"))
+                    return
+                if self.active:
+                    self._step()
+            except Exception as error:
+                # What was on the device is lost with its caches; the thread goes on.
+                log.exception("a decode round failed")
+                self._fail_all(as_tte(error))
+                self._state = self._empty_state()
+
+    def _reap(self) -> None:
+        now = time.monotonic()
+        for slot, occupant in enumerate(self._slots):
+            if occupant is None:
+                continue
+            entry = occupant.entry
+            if entry.dead:
+                self.stats.cancelled += 1
+                self._slots[slot] = None
+            elif entry.deadline is not None and now >= entry.deadline:
+                complete(
+                    entry.future,
+                    error=DeadlineExceededError(
+                        f"the deadline passed after {len(occupant.tokens)} of at most "
+                        f"{occupant.job.max_tokens} tokens"
+                    ),
+                )
+                self._slots[slot] = None
+
+    def _admit(self, entries: list[Entry], free: list[int]) -> None:
+        try:
+            plan = plan_batches(
+                [e.payload.input.tokens for e in entries], self._buckets.prefill, what="the prompt"
+            )
+            for batch in plan:
+                rows = [entries[i] for i in batch.rows]
+                slots, free = free[: len(rows)], free[len(rows) :]
+                self._prefill(batch.shape, rows, slots)
+        except Exception as error:
+            if self._state_lost():
+                for entry in entries:
+                    complete(entry.future, error=as_tte(error))
+                raise
+            # Rows that were admitted before the error have their slots; the rest is tried one by
+            # one, so that only the row at fault fails.
+            placed = {id(o.entry) for o in self._slots if o is not None}
+            rest = [e for e in entries if id(e) not in placed and not e.dead]
+            if len(entries) == 1:
+                log.warning("a prompt could not be prefilled: %s", error, exc_info=error)
+                complete(entries[0].future, error=as_tte(error))
+                return
+            for entry in rest:
+                self._admit([entry], [i for i, o in enumerate(self._slots) if o is None])
+
+    def _prefill(self, shape: tuple[int, int], entries: list[Entry], slots: list[int]) -> None:
+        jobs: list[Job] = [e.payload for e in entries]
+        inputs = [job.input for job in jobs]
+        rows = shape[0]
+        ids, positions, n = pad_rows(inputs, shape)
+        vis = vis_idx = None
+        cached: list[int] = [0] * len(jobs)
+        if self._vision is not None:
+            features, known = self._vision.features(i for one in inputs for i in one.images)
+            cached = [
+                sum(len(features[i.key]) for i in one.images if i.key in known) for one in inputs
+            ]
+            width = self._model.config.text.hidden_size
+            vis, vis_idx = place_features(inputs, shape, features, width=width, dtype=self._dtype)
+        where = np.full(rows, self._buckets.slots, np.int32)  # out of range: written nowhere
+        where[: len(slots)] = slots
+        next_pos = np.zeros(rows, np.int32)
+        next_pos[: len(jobs)] = [one.next_pos for one in inputs]
+        self._state, tokens, done, failed = self._table.run(
+            "prefill",
+            shape,
+            self._state,
+            ids,
+            positions,
+            n,
+            vis,
+            vis_idx,
+            where,
+            next_pos,
+            _control(jobs, rows),
+        )
+        self.stats.prefills += 1
+        tokens, done, failed = jax.device_get((tokens, done, failed))
+        for row, (entry, slot) in enumerate(zip(entries, slots, strict=True)):
+            occupant = _Occupant(entry, jobs[row], cached[row])
+            occupant.forced = jobs[row].close_at <= 0
+            self._slots[slot] = occupant
+            self._emit(slot, [int(tokens[row])], bool(done[row]), bool(failed[row]))
+
+    def _step(self) -> None:
+        alive = np.array([o is not None for o in self._slots])
+        closed = np.array([o is not None and o.closed for o in self._slots])
+        used = int(np.flatnonzero(alive)[-1]) + 1
+        slots = min(s for s in self._buckets.decode if s >= used)
+        start = time.monotonic()
+        self._state, tokens, forced, done, failed = self._table.run(
+            "decode", (slots, self._buckets.decode_steps), self._state, alive, closed
+        )
+        tokens, forced, done, failed = jax.device_get((tokens, forced, done, failed))
+        self.stats.dispatches += 1
+        self.stats.slot_steps += tokens.size
+        self.queue.ran(int((tokens != NO_TOKEN).sum()), time.monotonic() - start)
+        for slot in range(slots):
+            occupant = self._slots[slot]
+            if occupant is not None:
+                occupant.forced |= bool(forced[slot] >= 0)
+                new = [int(t) for t in tokens[:, slot] if t != NO_TOKEN]
+                self._emit(slot, new, bool(done[slot]), bool(failed[slot]))
+
+    def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> None:
+        occupant = self._slots[slot]
+        assert occupant is not None
+        entry = occupant.entry
+        occupant.tokens.extend(new)
+        self.stats.tokens_out += len(new)
+        if failed:
+            self._slots[slot] = None
+            complete(
+                entry.future,
+                error=InternalError(
+                    "the model produced logits that are not finite numbers", reason="NAN"
+                ),
+            )
+            return
+        if new and occupant.job.on_tokens is not None and not entry.dead:
+            try:
+                occupant.job.on_tokens(new)
+            except Exception as error:
+                log.exception("a listener of generated tokens failed")
+                complete(entry.future, error=as_tte(error))
+        if done:
+            self._slots[slot] = None
+            result = Generated(
+                tokens=occupant.tokens,
+                forced=occupant.forced,
+                cached_tokens=occupant.cached_tokens,
+                queue_s=entry.queue_s,
+                compute_s=time.monotonic() - entry.started_at,
+            )
+            if complete(entry.future, result=result):
+                self.queue.stats.completed += 1
+        elif self._is_closed is not None and not occupant.closed:
+            occupant.closed = self._is_closed(occupant.tokens)
+
+    def _fail_all(self, error: TteError) -> None:
+        for slot, occupant in enumerate(self._slots):
+            if occupant is not None:
+                complete(occupant.entry.future, error=error)
+                self.queue.stats.failed += 1
+                self._slots[slot] = None
+
+    def _state_lost(self) -> bool:
+        return any(x.is_deleted() for x in jax.tree.leaves(self._state))
+
+
+def _control(jobs: Sequence[Job], rows: int) -> Control:
+    def column(dtype: Any, fill: Any, values: Sequence[Any] = ()) -> np.ndarray:
+        out = np.full(rows, fill, dtype)
+        out[: len(values)] = values
+        return out
+
+    return Control(
+        last_token=column(np.int32, 0),
+        generated=column(np.int32, 0),
+        limit=column(np.int32, 0, [j.max_tokens for j in jobs]),
+        close_at=column(np.int32, NEVER, [j.close_at for j in jobs]),
+        forced=column(np.int32, -1),
+        matched=column(np.int32, 0),
+        closed=column(np.bool_, False),
+        done=column(np.bool_, False),
+        failed=column(np.bool_, False),
+        temperature=column(np.float32, 0.0, [j.temperature for j in jobs]),
+        top_p=column(np.float32, 1.0, [j.top_p for j in jobs]),
+        seed=column(np.uint32, 0, [j.seed & 0xFFFFFFFF for j in jobs]),
+    )

@@ -1,0 +1,153 @@
+"""Vision features of images: packed into buckets, computed once per content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tte_jax.engine import programs
+from tte_jax.engine.buckets import Shape, longest, rows_bucket
+from tte_jax.engine.cache import ByteLru
+from tte_jax.engine.executables import ExecutableTable
+from tte_jax.engine.inputs import ImageInput
+from tte_jax.errors import InvalidInputError
+from tte_jax.models.config import VisionConfig
+from tte_jax.preprocess.vision_plan import plan_vision
+
+
+@dataclass
+class Pack:
+    """One row of P patches and the images in it."""
+
+    size: int
+    images: list[ImageInput] = field(default_factory=list)
+    used: int = 0
+
+
+def pack_images(images: Sequence[ImageInput], sizes: Iterable[int]) -> list[Pack]:
+    """Images into rows of bucket sizes, each image into the smallest row size that holds it.
+
+    First fit, largest first: a row takes further images while they fit.
+
+    Raises:
+      InvalidInputError: an image has more patches than the largest row.
+    """
+    ladder = sorted(set(sizes))
+    packs: list[Pack] = []
+    for image in sorted(images, key=lambda i: -len(i.patches)):
+        n = len(image.patches)
+        if not ladder or n > ladder[-1]:
+            raise _too_large(n, ladder[-1] if ladder else 0)
+        size = next(s for s in ladder if s >= n)
+        pack = next((p for p in packs if p.size >= n and p.used + n <= p.size), None)
+        if pack is None:
+            pack = Pack(size)
+            packs.append(pack)
+        pack.images.append(image)
+        pack.used += n
+    return packs
+
+
+class VisionEncoder:
+    """`features` for images, from a byte-bounded cache or the tower. Runs on the device thread."""
+
+    def __init__(
+        self,
+        table: ExecutableTable,
+        config: VisionConfig,
+        shapes: Sequence[Shape],
+        *,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        self._table = table
+        self._config = config
+        self._shapes = tuple(shapes)
+        self.cache: ByteLru[np.ndarray] = ByteLru(cache_bytes, lambda x: x.nbytes)
+        self.patches_run = 0
+        self.patches_padding = 0
+        for g, p in self._shapes:
+            table.add(
+                "encode_images",
+                (g, p),
+                programs.encode_images,
+                jax.ShapeDtypeStruct((g, p, config.patch_values), jnp.float32),
+                jax.ShapeDtypeStruct((g, p, 2), jnp.int32),
+                jax.ShapeDtypeStruct((g, p), jnp.int32),
+            )
+
+    @property
+    def max_patches(self) -> int:
+        """The largest image, in patches."""
+        return longest(self._shapes)
+
+    def check(self, images: Iterable[ImageInput], *, field: str = "") -> None:
+        """Refuses images that no bucket holds, before they are queued.
+
+        Raises:
+          InvalidInputError: more patches than `max_patches`.
+        """
+        for image in images:
+            if len(image.patches) > self.max_patches:
+                raise _too_large(len(image.patches), self.max_patches, field)
+
+    def features(self, images: Iterable[ImageInput]) -> tuple[dict[str, np.ndarray], set[str]]:
+        """Features [v, D] by image key, and the keys that came from the cache."""
+        found: dict[str, np.ndarray] = {}
+        missing: dict[str, ImageInput] = {}
+        for image in images:
+            if image.key in found or image.key in missing:
+                continue
+            value = self.cache.get(image.key)
+            if value is None:
+                missing[image.key] = image
+            else:
+                found[image.key] = value
+        cached = set(found)
+        packs = pack_images(list(missing.values()), (p for _, p in self._shapes))
+        for size in sorted({p.size for p in packs}):
+            rows = [p for p in packs if p.size == size]
+            counts = sorted(g for g, p in self._shapes if p == size)
+            while rows:
+                count = rows_bucket(len(rows), counts)
+                self._run((count, size), rows[:count], found)
+                rows = rows[count:]
+        return found, cached
+
+    def _run(self, shape: Shape, packs: Sequence[Pack], found: dict[str, np.ndarray]) -> None:
+        g, p = shape
+        merged = self._config.merged
+        patches = np.zeros((g, p, self._config.patch_values), np.float32)
+        hw = np.zeros((g, p, 2), np.int32)
+        segments = np.zeros((g, p), np.int32)
+        for row, pack in enumerate(packs):
+            plan = plan_vision(
+                [i.grid for i in pack.images], merge_size=self._config.merge_size, bucket=p
+            )
+            hw[row], segments[row] = plan.hw, plan.segments
+            patches[row, : pack.used] = np.concatenate([i.patches for i in pack.images])
+        out = np.asarray(self._table.run("encode_images", shape, patches, hw, segments))
+        out = out.reshape(g, p // merged, -1)
+        used = sum(pack.used for pack in packs)
+        self.patches_run += used
+        self.patches_padding += g * p - used
+        for row, pack in enumerate(packs):
+            at = 0
+            for image in pack.images:
+                end = at + len(image.patches) // merged
+                found[image.key] = value = out[row, at:end].copy()
+                self.cache.put(image.key, value)
+                at = end
+
+
+def _too_large(patches: int, limit: int, field: str = "") -> InvalidInputError:
+    return InvalidInputError(
+        f"the image makes {patches} patches, but this model is served with at most {limit}; "
+        "make it smaller, or serve the model with larger `buckets` in its tte.json",
+        field=field,
+        reason="TOO_LONG",
+        limit=limit,
+    )

@@ -1,0 +1,340 @@
+"""The reasoner: writes embedding-centric reasonings (ECRs) of queries and documents."""
+
+from __future__ import annotations
+
+import queue as thread_queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from tte_jax.content import NO_REASONING, Reasoning, Usage
+from tte_jax.engine.batcher import RequestQueue, complete
+from tte_jax.engine.buckets import Buckets, smallest
+from tte_jax.engine.inputs import model_input
+from tte_jax.engine.programs import Stops
+from tte_jax.engine.role import Role, results, windows
+from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.engine.slots import DecodeLoop, Generated, Job, think_limit
+from tte_jax.engine.vision import VisionEncoder
+from tte_jax.errors import InvalidInputError
+from tte_jax.preprocess.ecr import END_THINK, parse_ecr
+from tte_jax.stages import ReasonItem
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: temperature 0 is greedy; equal seeds give equal texts."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A few new tokens of input `index`; the texts of an input joined are its whole text."""
+
+    index: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Input `index` is done. `usage` is its own share."""
+
+    index: int
+    reasoning: Reasoning
+    usage: Usage
+
+
+GREEDY = Sampling()
+
+
+class Reasoner(Role):
+    """Embedding-centric reasoning with a hard token budget.
+
+    The budget counts every new token. When the thinking would use it up, `</think>` and the
+    answer's label are written by force early enough for a short answer (`slots.think_limit`). A
+    budget that cannot even hold those, 0 included, means no reasoning: an empty ECR.
+    """
+
+    stage = "reason"
+
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        queue: RequestQueue | None = None,
+        vision_cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        super().__init__(served, queue=queue)
+        prompts, config = served.prompts, served.config
+        tokenizer = prompts.tokenizer
+        self._forced = prompts.end_think_ids
+        stops = Stops(
+            stop=tuple(dict.fromkeys((*prompts.stop_ids, *config.eos_token_ids))),
+            close_tag=tuple(tokenizer.encode_tagged(END_THINK)),
+            forced_close=self._forced,
+        )
+        vision = None
+        if config.vision is not None:
+            vision = VisionEncoder(
+                self.table, config.vision, served.buckets.images, cache_bytes=vision_cache_bytes
+            )
+        spelled = None
+        if not tokenizer.has_control(END_THINK):
+
+            def spelled(ids: list[int]) -> bool:
+                return END_THINK in tokenizer.decode(ids)
+
+        self.vision = vision
+        self.loop = DecodeLoop(
+            self.table,
+            served.model,
+            served.buckets,
+            stops,
+            vision=vision,
+            queue=self.queue,
+            is_closed=spelled,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
+    ) -> Self:
+        """Opens a model directory; compiles at `warmup` or at the first call.
+
+        Raises: as `engine.served_model.open_model`.
+        """
+        return cls(open_model(directory, role="reasoner", dtype=dtype, buckets=buckets))
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest budget that this model is served with."""
+        return self.served.buckets.new_tokens
+
+    def reason(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int = 64,
+        *,
+        sampling: Sampling = GREEDY,
+    ) -> list[Reasoning]:
+        """One ECR per item, in order. Blocking; any number of items.
+
+        Raises:
+          InvalidInputError: an item or the budget is wrong; `field` names which.
+          InternalError: the model made NaN, or failed.
+        """
+        return self.run(items, max_tokens, sampling=sampling)[0]
+
+    def run(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int = 64,
+        *,
+        sampling: Sampling = GREEDY,
+    ) -> tuple[list[Reasoning], Usage]:
+        """`reason` with what it cost."""
+        self.warmup()
+        futures: list[Future[Finished]] = []
+        try:
+            for offset, window in windows(items):
+                jobs = self.prepare_all(
+                    lambda i, item, at=offset: self.prepare(
+                        item, max_tokens, sampling=sampling, field=f"inputs[{at + i}].content"
+                    ),
+                    window,
+                )
+                futures += self.submit(jobs, wait=True)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        finished = results(futures)
+        return [f.reasoning for f in finished], total(self.stage, self.version, finished)
+
+    def stream(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int = 64,
+        *,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[Delta | Finished]:
+        """Deltas of all items as they come, and each item's `Finished`. Blocking iterator.
+
+        Closing the iterator frees the slots.
+        """
+        self.warmup()
+        events: thread_queue.SimpleQueue[Delta | Finished | BaseException] = (
+            thread_queue.SimpleQueue()
+        )
+        jobs = self.prepare_all(
+            lambda i, item: self.prepare(
+                item, max_tokens, sampling=sampling, field=f"inputs[{i}].content"
+            ),
+            items,
+        )
+        futures = self.submit(jobs, wait=True, on_delta=events.put)
+        for future in futures:
+            future.add_done_callback(lambda f: events.put(f.exception() or f.result()))
+        try:
+            left = len(futures)
+            while left:
+                event = events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                left -= isinstance(event, Finished)
+                yield event
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def prepare(
+        self,
+        item: ReasonItem,
+        max_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        field: str = "content",
+    ) -> Job | None:
+        """Decodes, patchifies and tokenises one item; host work for a pool thread.
+
+        Returns:
+          What `submit` takes; None when the budget is too small for any reasoning.
+
+        Raises:
+          InvalidInputError: bad content, a prompt or budget above this model's limits.
+          UnsupportedError: media for a text model.
+        """
+        if max_tokens < 0 or max_tokens > self.max_tokens:
+            raise InvalidInputError(
+                f"max_tokens: {max_tokens} is outside 0 to {self.max_tokens}, the largest budget "
+                f"that {self.served.name} is served with",
+                field="max_tokens",
+                reason="BUDGET_OUT_OF_RANGE",
+                limit=self.max_tokens,
+            )
+        if not 0.0 <= sampling.temperature <= 2.0 or not 0.0 < sampling.top_p <= 1.0:
+            raise InvalidInputError(
+                f"sampling: temperature {sampling.temperature} must be in [0, 2] and top_p "
+                f"{sampling.top_p} in (0, 1]",
+                field="sampling",
+            )
+        prompt = self.served.prompts.reason(item, field=field)
+        one = model_input(prompt, self.served.config)
+        smallest(
+            one.tokens, (t for _, t in self.served.buckets.prefill), what="the prompt", field=field
+        )
+        if self.vision is not None:
+            self.vision.check(one.images, field=field)
+        close_at = think_limit(max_tokens, len(self._forced))
+        if close_at is None:
+            return None
+        return Job(
+            one,
+            max_tokens=max_tokens,
+            close_at=close_at,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+
+    def submit(
+        self,
+        jobs: Sequence[Job | None],
+        *,
+        deadline: float | None = None,
+        wait: bool = False,
+        on_delta: Callable[[Delta], None] | None = None,
+    ) -> list[Future[Finished]]:
+        """Queues prepared items as one request; cancelling a future frees its slot.
+
+        Args:
+          deadline: `time.monotonic()` instant.
+          wait: block while the queue is full instead of raising `OverloadedError`.
+          on_delta: called on the device thread; must not block.
+
+        Raises:
+          OverloadedError, UnavailableError: as `RequestQueue.put`, and before warm-up.
+        """
+        self.require_ready()
+        todo: list[Job] = []
+        for index, job in enumerate(jobs):
+            if job is not None:
+                listener = self._listener(index, on_delta) if on_delta else None
+                todo.append(replace(job, on_tokens=listener))
+        running = iter(self.loop.submit(todo, deadline=deadline, wait=wait) if todo else ())
+        return [
+            self._finish(index, job, None if job is None else next(running))
+            for index, job in enumerate(jobs)
+        ]
+
+    def _listener(
+        self, index: int, on_delta: Callable[[Delta], None]
+    ) -> Callable[[list[int]], None]:
+        decoder = self.served.prompts.tokenizer.stream()
+        return lambda ids: on_delta(Delta(index, decoder.push(ids), len(ids)))
+
+    def _finish(
+        self, index: int, job: Job | None, running: Future[Generated] | None
+    ) -> Future[Finished]:
+        """A future of the parsed result; cancelling it cancels the slot's."""
+        out: Future[Finished] = Future()
+        if job is None or running is None:
+            usage = Usage(self.stage, model_version=self.version)
+            out.set_result(Finished(index, NO_REASONING, usage))
+            return out
+
+        def inward(future: Future[Finished]) -> None:
+            if future.cancelled():
+                running.cancel()
+
+        def outward(future: Future[Generated]) -> None:
+            if future.cancelled():
+                out.cancel()
+            elif (error := future.exception()) is not None:
+                complete(out, error=error)
+            else:
+                complete(out, result=self._finished(index, job, future.result()))
+
+        out.add_done_callback(inward)
+        running.add_done_callback(outward)
+        return out
+
+    def _finished(self, index: int, job: Job, made: Generated) -> Finished:
+        text = self.served.prompts.tokenizer.decode(made.tokens)
+        reasoning = parse_ecr(text, tokens=len(made.tokens), truncated=made.forced)
+        usage = Usage(
+            self.stage,
+            tokens_in=job.input.tokens,
+            tokens_out=len(made.tokens),
+            cached_tokens=made.cached_tokens,
+            queue_s=made.queue_s,
+            compute_s=made.compute_s,
+            model_version=self.version,
+        )
+        return Finished(index, reasoning, usage)
+
+    def _start(self) -> None:
+        self.loop.start()
+
+    def _stop(self) -> None:
+        self.loop.close()
+
+
+def total(stage: str, version: str, finished: Sequence[Finished]) -> Usage:
+    """One usage of a request: tokens add up, times overlap and so the longest counts."""
+    parts = [f.usage for f in finished]
+    return Usage(
+        stage,
+        tokens_in=sum(p.tokens_in for p in parts),
+        tokens_out=sum(p.tokens_out for p in parts),
+        cached_tokens=sum(p.cached_tokens for p in parts),
+        queue_s=max((p.queue_s for p in parts), default=0.0),
+        compute_s=max((p.compute_s for p in parts), default=0.0),
+        model_version=version,
+    )

@@ -1,0 +1,254 @@
+"""The reranker: P(yes) that a candidate's text answers a query's text (ECRR).
+
+Instruction and query stand first and are the same for all candidates of a query: they are read
+once, and every candidate attends to the same keys and values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tte_jax.content import Usage
+from tte_jax.engine import programs
+from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
+from tte_jax.engine.buckets import Buckets, rows_bucket, smallest
+from tte_jax.engine.cache import ByteLru
+from tte_jax.engine.inputs import ModelInput, model_input, pad_rows
+from tte_jax.engine.role import Role, results, windows
+from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.errors import InternalError
+from tte_jax.models.text import KVCache
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreJob:
+    """One candidate behind its query's prefix."""
+
+    prefix: ModelInput
+    suffix: ModelInput
+    prefix_key: bytes
+
+
+@dataclass(frozen=True)
+class Scored:
+    """P(yes) and what it cost (tokens; seconds)."""
+
+    score: float
+    tokens_in: int
+    cached_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+class Reranker(Role):
+    """Pointwise yes/no over texts, with the query's keys and values shared and cached."""
+
+    stage = "rerank"
+
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        queue: RequestQueue | None = None,
+        prefix_cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        super().__init__(served, queue=queue)
+        c, b = served.config.text, served.buckets
+        self._prefixes, self._shapes = b.prefix, b.score
+        self._batcher: Batcher | None = None
+        self.prefix_cache: ByteLru[KVCache] = ByteLru(
+            prefix_cache_bytes, lambda kv: kv.k.nbytes + kv.v.nbytes
+        )
+        dtype = served.model.text.norm_d[...].dtype
+        score = partial(
+            programs.score, yes_id=served.prompts.yes_id, no_id=served.prompts.no_id
+        )
+
+        def ints(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        for length in self._prefixes:
+            self.table.add(
+                "prefix", length, programs.prefix, ints(1, length), ints(1, 3, length), ints(1)
+            )
+            kv = jax.ShapeDtypeStruct((c.layers, 1, length, c.kv_heads, c.head_dim), dtype)
+            for rows, tokens in self._shapes:
+                self.table.add(
+                    "score",
+                    (rows, tokens, length),
+                    score,
+                    KVCache(k=kv, v=kv, length=ints(1)),
+                    ints(rows, tokens),
+                    ints(rows, 3, tokens),
+                    ints(rows),
+                )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
+    ) -> Self:
+        """Opens a model directory; compiles at `warmup` or at the first call.
+
+        Raises: as `engine.served_model.open_model`.
+        """
+        return cls(open_model(directory, role="reranker", dtype=dtype, buckets=buckets))
+
+    def score(
+        self, query: str, candidates: Sequence[str], instruction: str = ""
+    ) -> np.ndarray:
+        """[N] float32 P(yes) in [0, 1], in the candidates' order. Blocking.
+
+        Args:
+          query: text or ECR text; tags are removed.
+          candidates: texts or ECR texts.
+          instruction: what counts as an answer; empty = the model's own.
+
+        Raises:
+          InvalidInputError: an empty query, or a text too long; `field` names which.
+          InternalError: the model made NaN, or failed.
+        """
+        return self.run(query, candidates, instruction)[0]
+
+    def run(
+        self, query: str, candidates: Sequence[str], instruction: str = ""
+    ) -> tuple[np.ndarray, Usage]:
+        """`score` with what it cost."""
+        self.warmup()
+        futures: list[Future[Scored]] = []
+        try:
+            for offset, window in windows(candidates):
+                jobs = self.prepare(query, window, instruction, offset=offset)
+                futures += self.submit(jobs, wait=True)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return self.collect(results(futures))
+
+    def prepare(
+        self, query: str, candidates: Sequence[str], instruction: str = "", *, offset: int = 0
+    ) -> list[ScoreJob]:
+        """Tokenises a query and its candidates; host work for a pool thread.
+
+        Raises:
+          InvalidInputError: an empty query, or a text above this model's limits.
+        """
+        prompts, config = self.served.prompts, self.served.config
+        prefix = model_input(prompts.rerank_prefix(query, instruction), config)
+        smallest(prefix.tokens, self._prefixes, what="the query", field="query")
+        key = prefix.ids.tobytes()
+        jobs = []
+        for index, text in enumerate(candidates, start=offset):
+            suffix = model_input(prompts.rerank_suffix(text), config, start=prefix.next_pos)
+            smallest(
+                suffix.tokens,
+                (t for _, t in self._shapes),
+                what="the candidate",
+                field=f"candidates[{index}]",
+            )
+            jobs.append(ScoreJob(prefix, suffix, key))
+        return jobs
+
+    def submit(
+        self, jobs: Sequence[ScoreJob], *, deadline: float | None = None, wait: bool = False
+    ) -> list[Future[Scored]]:
+        """Queues prepared candidates as one request.
+
+        Args:
+          deadline: `time.monotonic()` instant.
+          wait: block while the queue is full instead of raising `OverloadedError`.
+
+        Raises:
+          OverloadedError, UnavailableError: as `RequestQueue.put`, and before warm-up.
+        """
+        self.require_ready()
+        entries = []
+        for job in jobs:
+            tokens = smallest(
+                job.suffix.tokens, (t for _, t in self._shapes), what="the candidate"
+            )
+            entries.append(
+                Entry(
+                    job,
+                    cost=job.suffix.tokens,
+                    group=(job.prefix_key, tokens),
+                    deadline=deadline,
+                )
+            )
+        if entries:
+            self.queue.put(entries, wait=wait)
+        return [e.future for e in entries]
+
+    def collect(self, scored: Sequence[Scored]) -> tuple[np.ndarray, Usage]:
+        """Results of one request as [N] float32, and their usage."""
+        usage = Usage(
+            self.stage,
+            tokens_in=sum(s.tokens_in for s in scored),
+            cached_tokens=sum(s.cached_tokens for s in scored),
+            queue_s=max((s.queue_s for s in scored), default=0.0),
+            compute_s=max((s.compute_s for s in scored), default=0.0),
+            model_version=self.version,
+        )
+        return np.array([s.score for s in scored], np.float32), usage
+
+    def _run_batch(self, entries: list[Entry]) -> list[Any]:
+        start = time.monotonic()
+        jobs: list[ScoreJob] = [e.payload for e in entries]
+        _, tokens = entries[0].group
+        rows = rows_bucket(len(jobs), sorted(n for n, t in self._shapes if t == tokens))
+        if rows < len(jobs):
+            return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
+        before, was_cached = self._prefix(jobs[0])
+        ids, positions, n = pad_rows([j.suffix for j in jobs], (rows, tokens))
+        length = before.k.shape[2]
+        scores = np.asarray(
+            self.table.run("score", (rows, tokens, length), before, ids, positions, n)
+        )
+        spent = time.monotonic() - start
+        out: list[Any] = []
+        for row, (entry, job) in enumerate(zip(entries, jobs, strict=True)):
+            if not np.isfinite(scores[row]):
+                out.append(
+                    InternalError("the reranker produced a score that is not finite", reason="NAN")
+                )
+                continue
+            shared = job.prefix.tokens
+            out.append(
+                Scored(
+                    score=float(scores[row]),
+                    tokens_in=shared + job.suffix.tokens,
+                    cached_tokens=shared if was_cached or row else 0,
+                    queue_s=entry.queue_s,
+                    compute_s=spent,
+                )
+            )
+        return out
+
+    def _prefix(self, job: ScoreJob) -> tuple[KVCache, bool]:
+        found = self.prefix_cache.get(job.prefix_key)
+        if found is not None:
+            return found, True
+        length = smallest(job.prefix.tokens, self._prefixes, what="the query")
+        ids, positions, n = pad_rows([job.prefix], (1, length))
+        made: KVCache = self.table.run("prefix", length, ids, positions, n)
+        self.prefix_cache.put(job.prefix_key, made)
+        return made, False
+
+    def _start(self) -> None:
+        self._batcher = Batcher(
+            self._run_batch, max_batch=max(n for n, _ in self._shapes), queue=self.queue
+        )
+
+    def _stop(self) -> None:
+        if self._batcher is not None:
+            self._batcher.close()
