@@ -84,7 +84,8 @@ def _draw_query(sheet: Image.Image, pen: ImageDraw.ImageDraw, row: Row, top: int
     columns = 12 if row.picture is not None else 26
     lines = textwrap.wrap(row.text, columns)[:7]
     pen.multiline_text((left, top), "\n".join(lines), fill=_INK, font=_font(15), spacing=4)
-    remark = textwrap.wrap(row.remark, 36)[:2]
+    # The built-in font has no arrows.
+    remark = textwrap.wrap(row.remark.replace("→", "->"), 40)[:3]
     pen.multiline_text((MARGIN, top + 122), "\n".join(remark), fill=_SOFT, font=_font(12))
 
 

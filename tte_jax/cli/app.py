@@ -1,0 +1,77 @@
+"""`tte`: the commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tte_jax.cli import demo, documents, ingest, models, options, search, serve, status
+from tte_jax.cli.output import Output
+
+
+class _Group(TyperGroup):
+    """Turns every error of a command into a sentence and an exit code (see `exits`)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt) as error:
+            # What the framework raises (usage errors, exits) carries its own exit code.
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+                raise
+            if os.environ.get("TTE_DEBUG"):
+                raise
+            code = Output(json=options.json_wanted(ctx)).error(error)
+            raise typer.Exit(code) from None
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"tte {metadata.version('tte-jax')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="tte",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "TTE", "help_option_names": ["-h", "--help"]},
+    help="Multimodal retrieval that reasons before it compares.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not found, 4 no service "
+    "answers, 5 deadline passed, 130 interrupted.",
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+app.command("serve")(serve.serve)
+app.command("ingest")(ingest.ingest)
+app.command("search")(search.search)
+app.command("status")(status.status)
+app.command("get")(documents.get)
+app.command("delete")(documents.delete)
+app.command("reason")(models.reason)
+app.command("embed")(models.embed)
+app.command("rerank")(models.rerank)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the `tte` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
