@@ -44,7 +44,8 @@ def test_everything_stored_comes_back(tmp_path):
     assert [type(v) for v in row.metadata.values()] == [bool, int, str, float]  # sorted keys
     assert row.reasoning == reasoning
     assert store.reasonings(["c"]) == {"c": reasoning}
-    assert store.versions(["c", "missing"]) == {"c": (content.content_hash, "r-1", "e-1")}
+    versions = (content.content_hash, "r-1", "e-1", metadata)
+    assert store.versions(["c", "missing"]) == {"c": versions}
     assert store.profile == CorpusProfile(3, "e-1")
     (change,) = store.changes_since(0)
     assert isinstance(change, Stored)

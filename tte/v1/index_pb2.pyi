@@ -320,6 +320,7 @@ class GetResponse(_message.Message):
 
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     UNKNOWN_IDS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[_document_pb2.Document]:
         """The documents found, in the order of the request."""
@@ -328,19 +329,56 @@ class GetResponse(_message.Message):
     def unknown_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids that do not exist."""
 
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DocumentVersions]:
+        """What each of `documents` was made of, in the same order."""
+
     def __init__(
         self,
         *,
         documents: _abc.Iterable[_document_pb2.Document] | None = ...,
         unknown_ids: _abc.Iterable[_builtins.str] | None = ...,
+        versions: _abc.Iterable[Global___DocumentVersions] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "unknown_ids", b"unknown_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "unknown_ids", b"unknown_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class DocumentVersions(_message.Message):
+    """What a stored document was made of. An ingest leaves out documents for which this, and the
+    metadata, are unchanged.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    REASONER_VERSION_FIELD_NUMBER: _builtins.int
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    content_hash: _builtins.str
+    """Hash over the content's parts: 64 hexadecimal digits."""
+    reasoner_version: _builtins.str
+    """Version of the reasoner that wrote its ECR, as given in `IndexEntry`."""
+    embedder_version: _builtins.str
+    """Version of the embedder that made its vector."""
+    def __init__(
+        self,
+        *,
+        content_hash: _builtins.str = ...,
+        reasoner_version: _builtins.str = ...,
+        embedder_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "embedder_version", b"embedder_version", "reasoner_version", b"reasoner_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentVersions: _TypeAlias = DocumentVersions  # noqa: Y015
 
 @_typing.final
 class StatsRequest(_message.Message):

@@ -9,7 +9,6 @@ from tte_jax.corpus.store import (
     Removed,
     Stored,
     StoredDocument,
-    StoredVersions,
 )
 
 __all__ = [
@@ -21,6 +20,5 @@ __all__ = [
     "Removed",
     "Stored",
     "StoredDocument",
-    "StoredVersions",
     "open_media",
 ]

@@ -45,14 +45,6 @@ class StoredDocument:
     embedder_version: str
 
 
-class StoredVersions(NamedTuple):
-    """What a re-ingest compares to know whether a document must be reasoned about again."""
-
-    content_hash: str
-    reasoner_version: str
-    embedder_version: str
-
-
 @dataclass(frozen=True)
 class CorpusProfile:
     """What all vectors of a corpus share."""

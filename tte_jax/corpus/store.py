@@ -26,14 +26,13 @@ from tte_jax.corpus.records import (
     Removed,
     Stored,
     StoredDocument,
-    StoredVersions,
     decode_metadata,
     decode_parts,
     decode_vector,
     validate,
 )
 from tte_jax.errors import NotFoundError, UnavailableError
-from tte_jax.stages import IndexEntry
+from tte_jax.stages import IndexEntry, StoredVersions
 
 __all__ = [
     "Change",
@@ -43,7 +42,6 @@ __all__ = [
     "Removed",
     "Stored",
     "StoredDocument",
-    "StoredVersions",
 ]
 
 DATABASE = "corpus.sqlite3"
@@ -233,8 +231,11 @@ class CorpusStore:
         }
 
     def versions(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
-        columns = "id, content_hash, reasoner_version, embedder_version"
-        return {row[0]: StoredVersions(*row[1:]) for row in self._by_id(columns, ids)}
+        columns = "id, content_hash, reasoner_version, embedder_version, metadata"
+        return {
+            row[0]: StoredVersions(row[1], row[2], row[3], decode_metadata(row[4]))
+            for row in self._by_id(columns, ids)
+        }
 
     def metadata(self) -> dict[str, tuple[int, Metadata]]:
         """(sequence, metadata) of every document."""

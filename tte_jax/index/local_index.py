@@ -11,11 +11,10 @@ from typing import TypeVar
 import numpy as np
 
 from tte_jax.content import Document, Usage
-from tte_jax.corpus.records import StoredVersions
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
 from tte_jax.index.service_index import CorpusIndex
-from tte_jax.stages import Hit, IndexEntry
+from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 T = TypeVar("T")
 

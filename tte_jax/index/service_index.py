@@ -18,7 +18,6 @@ from tte_jax.corpus.records import (
     MediaRef,
     Stored,
     StoredDocument,
-    StoredVersions,
     validate,
     validate_id,
 )
@@ -28,7 +27,7 @@ from tte_jax.filters import Filter
 from tte_jax.index import consistency, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
 from tte_jax.index.recovery import recover
-from tte_jax.stages import Hit, IndexEntry
+from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +253,7 @@ class CorpusIndex:
         return out
 
     def existing(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
-        """Content hash and model versions of the ids that exist; lets ingest skip finished work."""
+        """What the documents that exist were made of; lets an ingest skip finished work."""
         return self.store.versions(ids)
 
     def stats(self) -> IndexStats:
