@@ -29,8 +29,10 @@ def ecr_line(reasoning: Reasoning | None) -> str:
     return " → ".join(parts)
 
 
-def results_table(update: SearchUpdate, *, explain: bool, elapsed_s: float) -> Table:
-    """The candidates of one update, with the score of every stage that saw them."""
+def results_table(
+    update: SearchUpdate, *, explain: bool, elapsed_s: float, limit: int | None = None
+) -> Table:
+    """The candidates of one update (the first `limit`), with the scores of every stage."""
     table = Table(
         title=f"{_TITLES[update.stage]} · {elapsed_s * 1000:.0f} ms", title_justify="left"
     )
@@ -42,7 +44,7 @@ def results_table(update: SearchUpdate, *, explain: bool, elapsed_s: float) -> T
         table.add_column("P(yes)", justify="right")
     if explain:
         table.add_column("why (ECR)", overflow="fold")
-    for rank, candidate in enumerate(update.results, start=1):
+    for rank, candidate in enumerate(update.results[:limit], start=1):
         row = [
             str(rank),
             escape(candidate.id),
