@@ -283,24 +283,30 @@ class LiveIndex:
 
 
 def check_recall(searcher: Searcher, vectors: np.ndarray, canaries: int, floor: float) -> float:
-    """Recall@10 of `searcher` against exact search on a fixed sample of its own rows.
+    """Recall@10 of `searcher` against exact search on canary queries.
 
-    Below `floor` the searcher is made to search harder, step by step, while it can.
+    Half of them are rows, half are rows with noise of equal length added: real queries (a text
+    looking for an image, say) lie off the documents, where a tree misses more. Below `floor` the
+    searcher is made to search harder, step by step, while it can.
     """
     rng = np.random.default_rng(0)
     sample = rng.choice(len(vectors), size=min(canaries, len(vectors)), replace=False)
-    # The k-th best true score: any row that reaches it is a right answer, also among ties.
+    queries = vectors[sample].astype(np.float64)
+    noise = rng.standard_normal(queries.shape)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    queries[1::2] += noise[1::2]
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
     k = min(_CANARY_K, len(vectors))
+    # The k-th best true score: any row that reaches it is a right answer, also among ties.
     truth = [
-        np.sort(exact.score(vectors, vectors[row], exact.propose(vectors, vectors[row], k)))[-k]
-        for row in sample
+        np.sort(exact.score(vectors, query, exact.propose(vectors, query, k)))[-k]
+        for query in queries
     ]
     while True:
         hits = 0
-        for row, worst in zip(sample, truth, strict=True):
-            found = searcher.propose(vectors[row], 2 * k + _OVERFETCH_ROWS)
-            scores = exact.score(vectors, vectors[row], found)
-            hits += min(k, int((scores >= worst).sum()))
+        for query, worst in zip(queries, truth, strict=True):
+            found = searcher.propose(query, math.ceil(_OVERFETCH * k) + _OVERFETCH_ROWS)
+            hits += min(k, int((exact.score(vectors, query, found) >= worst).sum()))
         recall = hits / (k * len(sample))
         if recall >= floor or not searcher.search_harder():
             return recall

@@ -39,7 +39,7 @@ class ScannSearcher:
         self._rows = rows
         self._reorder = _REORDER
         self._leaves = max(2, round(math.sqrt(rows))) if tree else 0
-        self._leaves_to_search = max(1, math.ceil(self._leaves / 8))
+        self._leaves_to_search = max(1, math.ceil(self._leaves / 4))
         # ScaNN's builder methods are decorated in a way that hides their types.
         builder: Any = scann_ops_pybind.builder(
             np.ascontiguousarray(vectors, dtype=np.float32), 10, "dot_product"

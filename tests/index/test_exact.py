@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.index.documents import random_units
+from tte_jax.index import exact
+
+
+def _search(vectors, query, k, ids, rows=None):
+    rows = exact.propose(vectors, query, k, rows)
+    scores = exact.score(vectors, query, rows)
+    return [(id, score) for _, id, score in exact.rank(scores, lambda i: ids[rows[i]], k)]
+
+
+def _oracle(vectors, query, k, ids, rows=None):
+    rows = range(len(vectors)) if rows is None else rows
+    wide = query.astype(np.float64)
+    scored = [(-float(np.float32((vectors[r] * wide).sum())), ids[r]) for r in rows]
+    return [(id, -negative) for negative, id in sorted(scored)[:k]]
+
+
+@pytest.mark.parametrize("count", [1, 5, 400])
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
+def test_equals_a_sort_over_everything(count, share):
+    rng = np.random.default_rng(count)
+    vectors = random_units(rng, count, 24)
+    ids = [f"d{i}" for i in rng.permutation(count)]
+    rows = None if share == 1.0 else np.flatnonzero(rng.random(count) < share)
+    for query in random_units(rng, 5, 24):
+        for k in (1, 7, 1000):
+            assert _search(vectors, query, k, ids, rows) == _oracle(vectors, query, k, ids, rows)
+
+
+def test_equal_vectors_tie_exactly_wherever_they_stand_and_the_lowest_ids_win():
+    rng = np.random.default_rng(0)
+    # 37 columns and odd row counts: BLAS treats the last rows and columns differently.
+    vectors = random_units(rng, 1003, 37)
+    twins = rng.choice(1003, size=300, replace=False)
+    vectors[twins] = vectors[twins[0]]
+    ids = [f"{i:04d}" for i in rng.permutation(1003)]
+    found = _search(vectors, vectors[twins[0]], 20, ids)
+    assert [id for id, _ in found] == sorted(ids[i] for i in twins)[:20]
+    assert len({score for _, score in found}) == 1
+
+
+def test_scores_are_chunked_without_a_seam(monkeypatch):
+    rng = np.random.default_rng(1)
+    vectors = random_units(rng, 50, 8)
+    whole = exact.score(vectors, vectors[3], np.arange(50))
+    monkeypatch.setattr(exact, "_CHUNK_ROWS", 7)
+    np.testing.assert_array_equal(exact.score(vectors, vectors[3], np.arange(50)), whole)
+    np.testing.assert_allclose(whole, vectors @ vectors[3], atol=1e-6)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.index.documents import clustered_units, random_units
+from tte_jax.corpus.records import Removed, Stored
+from tte_jax.filters import Equals
+from tte_jax.index import exact
+from tte_jax.index.generation import Rows
+from tte_jax.index.live import IndexConfig, LiveIndex, check_recall
+from tte_jax.index.scann_index import MINIMUM_ROWS, ScannSearcher
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_recall_on_clustered_data(tree):
+    rng = np.random.default_rng(3)
+    points = clustered_units(rng, 3050, 32)
+    vectors, queries = points[:3000], points[3000:]
+    searcher = ScannSearcher(vectors, tree=tree)
+    assert check_recall(searcher, vectors, canaries=32, floor=0.95) >= 0.95
+    hits = 0
+    for query in queries:
+        truth = np.argsort(-(vectors @ query), kind="stable")[:10]
+        found = searcher.propose(query, 70)
+        assert len(set(found.tolist())) == len(found)
+        hits += len(set(truth.tolist()) & set(found.tolist()))
+    assert hits / (10 * len(queries)) >= 0.95
+
+
+def test_searching_harder_ends_at_a_full_search():
+    rng = np.random.default_rng(4)
+    vectors = random_units(rng, 600, 16)  # no structure: a tree misses most
+    searcher = ScannSearcher(vectors, tree=True)
+    before = check_recall(searcher, vectors, canaries=40, floor=0.0)
+    assert before < 0.95
+    while searcher.search_harder():
+        pass
+    assert check_recall(searcher, vectors, canaries=40, floor=0.0) > 0.99
+    assert len(searcher.propose(vectors[0], 600)) == 600
+
+
+def test_refuses_too_few_rows():
+    with pytest.raises(ValueError, match=str(MINIMUM_ROWS)):
+        ScannSearcher(np.eye(4, dtype=np.float32), tree=False)
+
+
+class Blind:
+    """A searcher that misses everything and cannot do better."""
+
+    kind = "blind"
+
+    def propose(self, query, count):
+        return np.zeros(1, np.int64)
+
+    def search_harder(self):
+        return False
+
+
+def test_a_searcher_below_the_recall_floor_never_serves(monkeypatch):
+    rng = np.random.default_rng(5)
+    vectors = random_units(rng, 400, 8)
+    rows = Rows([f"d{i}" for i in range(400)], vectors, np.arange(1, 401), [{}] * 400)
+    live = LiveIndex(rows, sequence=400, config=IndexConfig(exact_below=1))
+    monkeypatch.setattr("tte_jax.index.scann_index.ScannSearcher", lambda *a, **k: Blind())
+    report = live.rebuild()
+    assert report.kind == "exact"
+    assert live.search(vectors[7], 1)[0].id == "d7"
+    assert not live.needs_rebuild()
+
+
+@pytest.mark.parametrize("tree_from", [10_000, 1])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_filters_equal_brute_force_through_scann(share, tree_from):
+    rng = np.random.default_rng(6)
+    count = 2000
+    points = clustered_units(rng, count + 30, 24)
+    vectors, queries = points[:count], points[count:]
+    chosen = rng.random(count) < share
+    metadata = [{"in": bool(c)} for c in chosen]
+    rows = Rows([f"{i:05d}" for i in range(count)], vectors, np.arange(1, count + 1), metadata)
+    live = LiveIndex(
+        rows, sequence=count, config=IndexConfig(exact_below=1, tree_from=tree_from)
+    )
+    assert live.rebuild().kind.startswith("scann")
+    wanted = found = 0
+    for query in queries:
+        truth = exact.propose(vectors, query, 10, np.flatnonzero(chosen))
+        best = sorted(exact.score(vectors, query, truth).tolist(), reverse=True)[:10]
+        hits = live.search(query, 10, Equals("in", True))
+        assert len(hits) == len(best)
+        assert all(hit.metadata == {"in": True} for hit in hits)
+        wanted += len(best)
+        found += sum(hit.cosine >= best[-1] for hit in hits)
+    # Below 15 % the survivors are searched exactly.
+    assert found / wanted >= (1.0 if share < 0.15 else 0.95)
+
+
+def test_a_filter_whose_survivors_lie_far_from_the_query_is_topped_up_exactly():
+    rng = np.random.default_rng(8)
+    vectors = random_units(rng, 1500, 16)
+    query = vectors[0]
+    far = vectors @ query < 0.0  # about half of all, and none of them near
+    rows = Rows(
+        [f"{i:05d}" for i in range(1500)],
+        vectors,
+        np.arange(1, 1501),
+        [{"far": bool(f)} for f in far],
+    )
+    live = LiveIndex(rows, sequence=1500, config=IndexConfig(exact_below=1))
+    assert live.rebuild().kind == "scann-ah"
+    hits = live.search(query, 10, Equals("far", True))
+    truth = np.sort((vectors @ query)[far])[::-1][:10]
+    np.testing.assert_allclose([h.cosine for h in hits], truth, atol=1e-6)
+
+
+def test_tombstones_and_the_delta_stand_in_front_of_scann():
+    rng = np.random.default_rng(9)
+    vectors = clustered_units(rng, 1000, 16)
+    ids = [f"d{i:04d}" for i in range(1000)]
+    rows = Rows(ids, vectors, np.arange(1, 1001), [{}] * 1000)
+    live = LiveIndex(rows, sequence=1000, config=IndexConfig(exact_below=1))
+    live.rebuild()
+    query = vectors[10]
+    top = [hit.id for hit in live.search(query, 5)]
+    assert top[0] == "d0010"
+    # Replace the best by something far away, delete the second, add a twin of the query.
+    live.apply(
+        [
+            Stored(1001, top[0], -query, {}),
+            Removed(1002, top[1]),
+            Stored(1003, "twin", query, {"new": True}),
+        ]
+    )
+    after = live.search(query, 4)
+    assert [hit.id for hit in after] == ["twin", *top[2:5]]
+    assert after[0].cosine == pytest.approx(1.0)
+    # Delete nine tenths: what is left is found completely, in order.
+    keep = set(ids[::10]) - {top[0], top[1]}
+    gone = [id for id in ids if id not in keep and id != top[1]]
+    live.apply([Removed(1004 + i, id) for i, id in enumerate(gone)])
+    found = [hit.id for hit in live.search(query, 1000)]
+    assert set(found) == keep | {"twin"}
+    assert live.needs_rebuild() is False  # below the absolute limit of 2048 rows
+    live.rebuild()
+    assert [hit.id for hit in live.search(query, 1000)] == found
