@@ -28,10 +28,9 @@ def is_exempt(method: str) -> bool:
 
 def guarded(handler: grpc.RpcMethodHandler, guard: Guard) -> grpc.RpcMethodHandler:
     """A handler of the same kind that runs `handler` inside `guard(context)`."""
-    inner = (
+    inner: Any = (
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     )
-    assert inner is not None
 
     async def one_response(request: Any, context: grpc.aio.ServicerContext) -> Any:
         async with guard(context):

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -32,6 +33,9 @@ from tte_jax.errors import NotFoundError, TteError
 from tte_jax.limits import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
+
+# The asyncio one; the type stubs do not know it.
+HealthServicer: Any = health.aio.HealthServicer  # pyright: ignore[reportAttributeAccessIssue]
 
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 78  # sysexits' EX_CONFIG: starting again cannot help
@@ -128,7 +132,7 @@ async def serve(
                 ) from None
         service = await create(settings)
         gauges.update(service.metrics)
-        status = health.aio.HealthServicer()
+        status = HealthServicer()
         names = ("", *service.names)
         for name in names:
             await status.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -160,7 +164,7 @@ async def _drain(
     settings: Settings,
     server: grpc.aio.Server,
     admission: Admission,
-    status: health.aio.HealthServicer,
+    status: Any,
 ) -> None:
     log.info("%s drains %d requests", settings.service, admission.in_flight)
     with contextlib.suppress(TimeoutError):  # a health watcher that does not read cannot hold us

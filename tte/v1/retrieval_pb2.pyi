@@ -250,7 +250,7 @@ class Degradation(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage concerned: `reason`, `embed`, `index`, `rewrite` or `rerank`."""
+    """The stage concerned, named as in `Usage.stage`."""
     reason: _builtins.str
     """Stable word for programs, e.g. `DEADLINE_EXCEEDED`, `UNAVAILABLE`, `OVERLOADED`."""
     message: _builtins.str

@@ -31,7 +31,9 @@ class Usage(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     WALL_SECONDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage: `reason`, `embed`, `index`, `rewrite` or `rerank`. New names may appear."""
+    """The stage: `reason`, `embed`, `index`, `fetch` (candidates read for a rewrite), `rewrite` or
+    `rerank`. New names may appear.
+    """
     tokens_in: _builtins.int
     """Tokens read, vision tokens included, padding excluded."""
     tokens_out: _builtins.int
