@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -40,6 +41,7 @@ class Admission(grpc.aio.ServerInterceptor):
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._refused_at = float("-inf")
 
     async def intercept_service(
         self,
@@ -55,9 +57,15 @@ class Admission(grpc.aio.ServerInterceptor):
         """Returns when no admitted request is left."""
         await self._idle.wait()
 
+    async def quiet(self, for_s: float) -> None:
+        """Returns when no request was refused during the last `for_s` seconds."""
+        while (left := self._refused_at + for_s - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
     @asynccontextmanager
     async def _admitted(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         if refusal := self._refusal():
+            self._refused_at = time.monotonic()
             await abort(context, refusal)
         self.in_flight += 1
         self._idle.clear()

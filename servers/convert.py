@@ -1,6 +1,6 @@
 """Requests to the arguments of the roles and the index, and their results to responses.
 
-The values inside are converted by `tte_jax.wire`; here are the shapes of the requests and their
+The values inside are converted by `tte_jax.codec`; here are the shapes of the requests and their
 limits. Pure functions; every one that reads a request raises `InvalidInputError` with the path of
 the field at fault.
 """
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tte.v1 import embedder_pb2, index_pb2, reasoner_pb2, reranker_pb2
-from tte_jax import limits, wire
+from tte_jax import codec, limits
 from tte_jax.content import Budget, Document, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
@@ -29,7 +29,7 @@ def reason_arguments(request: reasoner_pb2.ReasonRequest) -> tuple[list[ReasonIt
     if request.HasField("max_tokens"):
         tokens = request.max_tokens
     _check_range(tokens, 1, limits.MAX_NEW_TOKENS, "max_tokens")
-    return _batch(request.inputs, "inputs", wire.decode_reason_item), tokens
+    return _batch(request.inputs, "inputs", codec.decode_reason_item), tokens
 
 
 def reason_delta(index: int, text: str, tokens: int) -> reasoner_pb2.ReasonResponse:
@@ -39,25 +39,25 @@ def reason_delta(index: int, text: str, tokens: int) -> reasoner_pb2.ReasonRespo
 
 def reason_result(index: int, reasoning: Reasoning) -> reasoner_pb2.ReasonResponse:
     result = reasoner_pb2.ReasonResult(
-        input_index=index, reasoning=wire.encode_reasoning(reasoning)
+        input_index=index, reasoning=codec.encode_reasoning(reasoning)
     )
     return reasoner_pb2.ReasonResponse(result=result)
 
 
 def reason_usage(usage: Usage) -> reasoner_pb2.ReasonResponse:
-    return reasoner_pb2.ReasonResponse(usage=wire.encode_usage(usage))
+    return reasoner_pb2.ReasonResponse(usage=codec.encode_usage(usage))
 
 
 def embed_arguments(request: embedder_pb2.EmbedRequest) -> tuple[list[EmbedItem], int]:
     """(items, dimension; 0 = the model's)."""
     _check_range(request.dimension, 0, limits.MAX_DIMENSION, "dimension")
-    return _batch(request.inputs, "inputs", wire.decode_embed_item), request.dimension
+    return _batch(request.inputs, "inputs", codec.decode_embed_item), request.dimension
 
 
 def embed_response(embeddings: np.ndarray, usage: Usage) -> embedder_pb2.EmbedResponse:
     """`embeddings` is [B, D] float32."""
     return embedder_pb2.EmbedResponse(
-        embeddings=[wire.encode_vector(row) for row in embeddings], usage=wire.encode_usage(usage)
+        embeddings=[codec.encode_vector(row) for row in embeddings], usage=codec.encode_usage(usage)
     )
 
 
@@ -67,20 +67,20 @@ def rerank_arguments(request: reranker_pb2.RerankRequest) -> tuple[str, list[str
     return (
         _rerank_text(request.query, "query"),
         [_rerank_text(c, f"candidates[{i}]", True) for i, c in enumerate(request.candidates)],
-        wire.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS),
+        codec.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS),
     )
 
 
 def rerank_response(scores: np.ndarray, usage: Usage) -> reranker_pb2.RerankResponse:
     """`scores` is [N] in the order of the request."""
     return reranker_pb2.RerankResponse(
-        scores=[float(score) for score in scores], usage=wire.encode_usage(usage)
+        scores=[float(score) for score in scores], usage=codec.encode_usage(usage)
     )
 
 
 def mining_texts(request: reranker_pb2.MineNegativesRequest) -> tuple[str, list[str], str]:
     """(query, [positive, *candidates], instruction): what the reranker scores."""
-    wire.check_id(request.query_id, "query_id")
+    codec.check_id(request.query_id, "query_id")
     _check_count(request.candidates, "candidates", limits.MAX_RERANK_CANDIDATES - 1)
     texts = [_rerank_text(request.positive.text, "positive.text")]
     for i, candidate in enumerate(request.candidates):
@@ -88,7 +88,7 @@ def mining_texts(request: reranker_pb2.MineNegativesRequest) -> tuple[str, list[
     return (
         _rerank_text(request.query, "query"),
         texts,
-        wire.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS),
+        codec.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS),
     )
 
 
@@ -123,12 +123,12 @@ def mined_response(
         positive_score=float(scores[0]),
         negatives=chosen(mined.negatives),
         false_negatives=chosen(mined.false_negatives),
-        usage=wire.encode_usage(usage),
+        usage=codec.encode_usage(usage),
     )
 
 
 def upsert_entries(request: index_pb2.UpsertRequest) -> list[IndexEntry]:
-    entries = _batch(request.entries, "entries", wire.decode_entry)
+    entries = _batch(request.entries, "entries", codec.decode_entry)
     seen: set[str] = set()
     for i, entry in enumerate(entries):
         if entry.document.id in seen:
@@ -144,7 +144,7 @@ def upsert_entries(request: index_pb2.UpsertRequest) -> list[IndexEntry]:
 def document_ids(ids: Sequence[str], limit: int) -> list[str]:
     """The `ids` of a Get (limit MAX_BATCH_ITEMS) or a delete (MAX_DELETE_IDS)."""
     _check_count(ids, "ids", limit)
-    return [wire.check_id(text, f"ids[{i}]") for i, text in enumerate(ids)]
+    return [codec.check_id(text, f"ids[{i}]") for i, text in enumerate(ids)]
 
 
 def index_search_arguments(
@@ -152,15 +152,17 @@ def index_search_arguments(
 ) -> tuple[np.ndarray, int, Filter | None]:
     """(vector [D] float32, k, filter)."""
     _check_range(request.k, 1, limits.MAX_CANDIDATES, "k")
-    condition = wire.decode_filter(request.filter, "filter") if request.HasField("filter") else None
-    return wire.decode_vector(request.vector, "vector"), request.k, condition
+    condition = (
+        codec.decode_filter(request.filter, "filter") if request.HasField("filter") else None
+    )
+    return codec.decode_vector(request.vector, "vector"), request.k, condition
 
 
 def index_search_response(
     hits: Sequence[Hit], usage: Usage
 ) -> index_pb2.IndexServiceSearchResponse:
     return index_pb2.IndexServiceSearchResponse(
-        hits=[wire.encode_hit(hit) for hit in hits], usage=wire.encode_usage(usage)
+        hits=[codec.encode_hit(hit) for hit in hits], usage=codec.encode_usage(usage)
     )
 
 
@@ -170,7 +172,7 @@ def get_response(
     """`documents[i]` is that of `ids[i]`, None where it is unknown."""
     response = index_pb2.GetResponse(
         documents=[
-            wire.encode_document(d, omit_media=omit_media) for d in documents if d is not None
+            codec.encode_document(d, omit_media=omit_media) for d in documents if d is not None
         ],
         unknown_ids=[i for i, d in zip(ids, documents, strict=True) if d is None],
     )
@@ -206,4 +208,4 @@ def _check_range(value: int, low: int, high: int, at: str) -> None:
 def _rerank_text(text: str, at: str, may_be_empty: bool = False) -> str:
     if not text.strip() and not may_be_empty:
         raise InvalidInputError(f"{at} is empty: give a text", field=at, reason="EMPTY_CONTENT")
-    return wire.check_text(text, at, limits.MAX_REASONING_CHARS)
+    return codec.check_text(text, at, limits.MAX_REASONING_CHARS)

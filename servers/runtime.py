@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 # The asyncio one; the type stubs do not know it.
 HealthServicer: Any = health.aio.HealthServicer  # pyright: ignore[reportAttributeAccessIssue]
 
+# A server without callers is closed after this long; retrying ones get ten times as much.
+QUIET_S = 0.1
+
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PORT_IN_USE = 98  # Linux' EADDRINUSE
@@ -171,10 +174,14 @@ async def _drain(
         await asyncio.wait_for(status.enter_graceful_shutdown(), 1.0)
     await asyncio.sleep(settings.drain_delay_s)
     admission.door = Door.DRAINING
-    # Clients are told to go (GOAWAY) only when running requests are done: until then refusals carry
-    # RetryInfo, where a closing connection would be a bare UNAVAILABLE.
+    # The connections close only when running requests are done and callers have stopped trying: a
+    # refusal is UNAVAILABLE with RetryInfo, while a request that meets a closing connection ends as
+    # CANCELLED, which no client's retry policy takes up.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(admission.idle(), settings.grace_s)
+    await asyncio.sleep(QUIET_S)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(admission.quiet(QUIET_S), 10 * QUIET_S)
     await server.stop(min(settings.grace_s, 1.0))
 
 

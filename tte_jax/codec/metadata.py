@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from tte.v1 import document_pb2, filter_pb2
 from tte_jax import limits
+from tte_jax.codec.contents import check_text
 from tte_jax.content import MetadataValue
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import AllOf, AnyOf, Equals, Filter, Not, OneOf, Prefix, Range
-from tte_jax.wire.contents import check_text
 
 
 def encode_metadata(metadata: Mapping[str, MetadataValue]) -> dict[str, document_pb2.MetadataValue]:

@@ -6,10 +6,7 @@ import numpy as np
 
 from tte.v1 import document_pb2, index_pb2, vector_pb2
 from tte_jax import limits
-from tte_jax.content import Document
-from tte_jax.errors import InvalidInputError
-from tte_jax.stages import Hit, IndexEntry
-from tte_jax.wire.contents import (
+from tte_jax.codec.contents import (
     check_id,
     decode_content,
     decode_reasoning,
@@ -17,7 +14,10 @@ from tte_jax.wire.contents import (
     encode_reasoning,
     text_only,
 )
-from tte_jax.wire.metadata import decode_metadata, encode_metadata
+from tte_jax.codec.metadata import decode_metadata, encode_metadata
+from tte_jax.content import Document
+from tte_jax.errors import InvalidInputError
+from tte_jax.stages import Hit, IndexEntry
 
 _NUMPY = {vector_pb2.DTYPE_FLOAT32: np.dtype("<f4"), vector_pb2.DTYPE_FLOAT16: np.dtype("<f2")}
 

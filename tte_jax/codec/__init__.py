@@ -3,10 +3,10 @@
 `encode_*` makes a message of a value, `decode_*` a value of a message. Decoders check the limits
 of `tte_jax.limits` and raise `InvalidInputError` with the path of the field at fault, which starts
 with the `at` that the caller gives. All are pure functions. Searches and ingests are in
-`tte_jax.wire.search`.
+`tte_jax.codec.search`.
 """
 
-from tte_jax.wire.contents import (
+from tte_jax.codec.contents import (
     check_id,
     check_text,
     decode_content,
@@ -15,7 +15,7 @@ from tte_jax.wire.contents import (
     encode_reasoning,
     text_only,
 )
-from tte_jax.wire.documents import (
+from tte_jax.codec.documents import (
     decode_document,
     decode_entry,
     decode_hit,
@@ -25,8 +25,8 @@ from tte_jax.wire.documents import (
     encode_hit,
     encode_vector,
 )
-from tte_jax.wire.metadata import decode_filter, decode_metadata, encode_filter, encode_metadata
-from tte_jax.wire.stages import (
+from tte_jax.codec.metadata import decode_filter, decode_metadata, encode_filter, encode_metadata
+from tte_jax.codec.stages import (
     decode_budget,
     decode_embed_item,
     decode_reason_item,

@@ -15,9 +15,7 @@ from tte_jax.cascade.messages import (
     SearchStage,
     SearchUpdate,
 )
-from tte_jax.content import Candidate, Document
-from tte_jax.errors import InvalidInputError, TteError
-from tte_jax.wire.contents import (
+from tte_jax.codec.contents import (
     check_id,
     check_text,
     decode_content,
@@ -25,8 +23,10 @@ from tte_jax.wire.contents import (
     encode_content,
     encode_reasoning,
 )
-from tte_jax.wire.metadata import decode_filter, decode_metadata, encode_filter, encode_metadata
-from tte_jax.wire.stages import decode_budget, decode_usage, encode_budget, encode_usage
+from tte_jax.codec.metadata import decode_filter, decode_metadata, encode_filter, encode_metadata
+from tte_jax.codec.stages import decode_budget, decode_usage, encode_budget, encode_usage
+from tte_jax.content import Candidate, Document
+from tte_jax.errors import InvalidInputError, TteError
 
 _STAGES = {
     retrieval_pb2.SEARCH_STAGE_FIRST_STAGE: SearchStage.FIRST_STAGE,

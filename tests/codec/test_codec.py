@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tte.v1 import content_pb2, filter_pb2, reasoner_pb2, retrieval_pb2, vector_pb2
-from tte_jax import limits, wire
+from tte_jax import codec, limits
 from tte_jax.cascade.messages import (
     Degraded,
     Include,
@@ -22,6 +22,7 @@ from tte_jax.cascade.messages import (
     SearchStage,
     SearchUpdate,
 )
+from tte_jax.codec import search
 from tte_jax.content import (
     Budget,
     Candidate,
@@ -44,7 +45,6 @@ from tte_jax.errors import (
 )
 from tte_jax.filters import AllOf, AnyOf, Equals, Not, OneOf, Prefix, Range
 from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem
-from tte_jax.wire import search
 
 few = settings(max_examples=50, deadline=None)
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -110,22 +110,22 @@ def typed(value):
 @few
 @given(contents)
 def test_contents_come_back(content: Content) -> None:
-    back = wire.decode_content(over_the_wire(wire.encode_content(content)), "query")
+    back = codec.decode_content(over_the_wire(codec.encode_content(content)), "query")
     assert back == content and back.content_hash == content.content_hash
 
 
 @few
 @given(documents)
 def test_documents_come_back(document: Document) -> None:
-    message = over_the_wire(wire.encode_document(document))
-    assert typed(wire.decode_document(message, "document")) == typed(document)
+    message = over_the_wire(codec.encode_document(document))
+    assert typed(codec.decode_document(message, "document")) == typed(document)
 
 
 @few
 @given(filters.filter(lambda f: depth(f) <= limits.MAX_FILTER_DEPTH))
 def test_filters_come_back(condition) -> None:
-    message = over_the_wire(wire.encode_filter(condition))
-    assert typed(wire.decode_filter(message, "filter")) == typed(condition)
+    message = over_the_wire(codec.encode_filter(condition))
+    assert typed(codec.decode_filter(message, "filter")) == typed(condition)
 
 
 def depth(condition) -> int:
@@ -137,37 +137,37 @@ def depth(condition) -> int:
 @few
 @given(usages, reasonings)
 def test_usages_and_reasonings_come_back(usage: Usage, reasoning: Reasoning) -> None:
-    assert wire.decode_usage(over_the_wire(wire.encode_usage(usage))) == usage
-    assert wire.decode_reasoning(over_the_wire(wire.encode_reasoning(reasoning))) == reasoning
+    assert codec.decode_usage(over_the_wire(codec.encode_usage(usage))) == usage
+    assert codec.decode_reasoning(over_the_wire(codec.encode_reasoning(reasoning))) == reasoning
 
 
 @few
 @given(st.builds(ReasonItem, contents, sides, texts, st.none() | st.just(Task.COMPOSED)))
 def test_reason_items_come_back(item: ReasonItem) -> None:
-    assert wire.decode_reason_item(over_the_wire(wire.encode_reason_item(item)), "i") == item
+    assert codec.decode_reason_item(over_the_wire(codec.encode_reason_item(item)), "i") == item
 
 
 @few
 @given(contents, contents, texts)
 def test_rewrites_come_back(candidate: Content, query: Content, text: str) -> None:
     item = ReasonItem(candidate, Side.DOCUMENT, "", Task.REWRITE, query, text, text + "c")
-    message = over_the_wire(wire.encode_reason_item(item))
-    assert wire.decode_reason_item(message, "i") == item
+    message = over_the_wire(codec.encode_reason_item(item))
+    assert codec.decode_reason_item(message, "i") == item
     message.task = content_pb2.TASK_UNSPECIFIED  # the context alone makes it a rewrite
-    assert wire.decode_reason_item(message, "i") == item
+    assert codec.decode_reason_item(message, "i") == item
 
 
 @few
 @given(st.builds(EmbedItem, contents, sides, texts, texts))
 def test_embed_items_come_back(item: EmbedItem) -> None:
-    assert wire.decode_embed_item(over_the_wire(wire.encode_embed_item(item)), "i") == item
+    assert codec.decode_embed_item(over_the_wire(codec.encode_embed_item(item)), "i") == item
 
 
 @few
 @given(documents, st.lists(float32, min_size=1, max_size=5), texts)
 def test_entries_come_back(document: Document, vector: list[float], version: str) -> None:
     entry = IndexEntry(document, np.float32(vector), version, version + "e")
-    back = wire.decode_entry(over_the_wire(wire.encode_entry(entry)), "entry")
+    back = codec.decode_entry(over_the_wire(codec.encode_entry(entry)), "entry")
     assert back.document == document and back.embedder_version == version + "e"
     assert back.vector.dtype == np.float32 and back.vector.tolist() == vector
 
@@ -175,7 +175,7 @@ def test_entries_come_back(document: Document, vector: list[float], version: str
 @few
 @given(st.builds(Hit, names, float32, reasonings, metadata))
 def test_hits_come_back(hit: Hit) -> None:
-    assert typed(wire.decode_hit(over_the_wire(wire.encode_hit(hit)))) == typed(hit)
+    assert typed(codec.decode_hit(over_the_wire(codec.encode_hit(hit)))) == typed(hit)
 
 
 @few
@@ -295,7 +295,7 @@ def test_ingest_inputs_come_back(document: Document, options: IngestOptions) -> 
 def test_half_precision_vectors_are_accepted() -> None:
     half = np.array([1.5, -2.0], "<f2")
     message = vector_pb2.Vector(data=half.tobytes(), dtype=vector_pb2.DTYPE_FLOAT16, dimension=2)
-    assert wire.decode_vector(message, "vector").tolist() == [1.5, -2.0]
+    assert codec.decode_vector(message, "vector").tolist() == [1.5, -2.0]
 
 
 def content(**parts) -> content_pb2.Content:
@@ -332,7 +332,7 @@ def wide(count: int) -> filter_pb2.Filter:
 )
 def test_bad_contents_name_their_field(message: content_pb2.Content, field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        wire.decode_content(message, "c")
+        codec.decode_content(message, "c")
     assert caught.value.field == field
 
 
@@ -352,13 +352,13 @@ def test_bad_contents_name_their_field(message: content_pb2.Content, field: str)
 )
 def test_bad_filters_name_their_field(message: filter_pb2.Filter, field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        wire.decode_filter(message, "f")
+        codec.decode_filter(message, "f")
     assert caught.value.field == field
 
 
 def test_filters_at_the_limits_are_accepted() -> None:
-    assert depth(wire.decode_filter(nested(7), "f")) == 8
-    assert len(wire.decode_filter(wide(255), "f").filters) == 255  # type: ignore[union-attr]
+    assert depth(codec.decode_filter(nested(7), "f")) == 8
+    assert len(codec.decode_filter(wide(255), "f").filters) == 255  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_filters_at_the_limits_are_accepted() -> None:
 def test_bad_vectors_name_their_field(change: dict, field: str) -> None:
     good = {"data": b"\0" * 8, "dtype": vector_pb2.DTYPE_FLOAT32, "dimension": 2}
     with pytest.raises(InvalidInputError) as caught:
-        wire.decode_vector(vector_pb2.Vector(**{**good, **change}), "v")
+        codec.decode_vector(vector_pb2.Vector(**{**good, **change}), "v")
     assert caught.value.field == field
 
 
@@ -393,14 +393,14 @@ def test_bad_vectors_name_their_field(change: dict, field: str) -> None:
 def test_bad_reason_inputs_name_their_field(change: dict, field: str) -> None:
     good = {"content": content(text="x"), "side": content_pb2.SIDE_QUERY}
     with pytest.raises(InvalidInputError) as caught:
-        wire.decode_reason_item(reasoner_pb2.ReasonInput(**{**good, **change}), "i")
+        codec.decode_reason_item(reasoner_pb2.ReasonInput(**{**good, **change}), "i")
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("value", [2**63, b"bytes", None])
 def test_metadata_that_cannot_travel_is_refused(value: object) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        wire.encode_metadata({"k": value})  # type: ignore[dict-item]
+        codec.encode_metadata({"k": value})  # type: ignore[dict-item]
     assert caught.value.field == "metadata['k']"
 
 

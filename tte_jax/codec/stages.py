@@ -6,10 +6,10 @@ from dataclasses import fields
 
 from tte.v1 import budget_pb2, content_pb2, embedder_pb2, reasoner_pb2, usage_pb2
 from tte_jax import limits
+from tte_jax.codec.contents import check_text, decode_content, encode_content
 from tte_jax.content import Budget, Side, Task, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.stages import EmbedItem, ReasonItem
-from tte_jax.wire.contents import check_text, decode_content, encode_content
 
 _SIDES = {content_pb2.SIDE_QUERY: Side.QUERY, content_pb2.SIDE_DOCUMENT: Side.DOCUMENT}
 _TASKS = {

@@ -1,0 +1,102 @@
+"""What the three model services share: opening the model, warming up, metrics, `Info`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+import jax
+
+from servers.runtime import Service
+from servers.settings import Settings
+from tte.v1 import model_pb2
+from tte_jax.builtin import models
+from tte_jax.engine.executables import compile_cache_hits, enable_compile_cache
+from tte_jax.engine.role import Role
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Role)
+
+
+async def open_role(kind: type[R], settings: Settings, model: str, builtin: str) -> R:
+    """Opens a role's model directory off the event loop; `model` empty = the built-in one.
+
+    Raises:
+      NotFoundError, PreconditionError: as `engine.served_model.open_model`.
+    """
+    enable_compile_cache(settings.compile_cache_dir)
+    directory = models.resolve(model or builtin)
+    return await asyncio.to_thread(kind.from_pretrained, directory, dtype=settings.dtype)
+
+
+def model_service(
+    role: Role,
+    name: str,
+    register: Callable[[grpc.aio.Server], None],
+    metrics: Mapping[str, Callable[[], float]] | None = None,
+) -> Service:
+    """The service of a role: warm-up and closing on threads, counters as metrics."""
+
+    async def warm() -> None:
+        def progress(done: int, total: int, program: str) -> None:
+            log.info("%s: compiled %d of %d: %s", role.served.name, done, total, program)
+
+        await asyncio.to_thread(role.warmup, progress)
+        log.info(
+            "%s is warm: %d programs in %.1f s, %d of %d compilations from the cache",
+            role.version,
+            len(role.table),
+            role.table.warmup_s,
+            compile_cache_hits(),
+            role.compile_count,
+        )
+
+    async def close() -> None:
+        await asyncio.to_thread(role.close)
+
+    stats = role.queue.stats
+    gauges: dict[str, Callable[[], float]] = {
+        "compile_count": lambda: role.compile_count,
+        "warm_compile_count": lambda: role.warm_compile_count,
+        "queue_depth": lambda: len(role.queue),
+        "queue_tokens": lambda: role.queue.queued_cost,
+        "queue_rejected": lambda: stats.rejected,
+        "queue_expired": lambda: stats.expired,
+        "queue_cancelled": lambda: stats.cancelled,
+        "items_completed": lambda: stats.completed,
+        "items_failed": lambda: stats.failed,
+    }
+    return Service(
+        names=(name,),
+        register=register,
+        warm=warm,
+        close=close,
+        metrics=gauges | dict(metrics or {}),
+    )
+
+
+def model_info(role: Role, *, dimension: int = 0) -> model_pb2.ModelInfo:
+    """The answer of `Info`."""
+    return model_pb2.ModelInfo(
+        model_name=role.served.name,
+        model_version=role.version,
+        architecture=role.served.config.model_type,
+        device=jax.devices()[0].device_kind,
+        dtype=role.served.dtype,
+        max_sequence_tokens=role.max_sequence_tokens,
+        accepts_media=role.accepts_media,
+        dimension=dimension,
+        compile_count=role.compile_count,
+        warm_compile_count=role.warm_compile_count,
+        queue_depth=len(role.queue),
+        queue_capacity=role.queue.capacity,
+    )
+
+
+def time_left(context: Any) -> float | None:
+    """Seconds until the caller's deadline; None when it set none."""
+    return context.time_remaining()
