@@ -149,6 +149,11 @@ def text_config(
         axes = tuple(axis for axis, n in enumerate(lengths) for _ in range(n))
     else:
         axes = (0,) * (head_dim // 2)
+    if raw.get("hidden_act", "silu") != "silu":
+        raise PreconditionError(
+            f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'.",
+            reason="MODEL_CONFIG_UNSUPPORTED",
+        )
     if raw.get("use_sliding_window"):
         raise PreconditionError(
             "use_sliding_window is true; only full attention is supported.",
