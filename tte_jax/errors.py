@@ -43,6 +43,13 @@ class InvalidInputError(TteError):
         self.field = field
 
 
+class AccessError(TteError):
+    """The caller's token is missing or wrong, or does not allow this."""
+
+    code = "UNAUTHENTICATED"
+    default_reason = "UNAUTHENTICATED"
+
+
 class NotFoundError(TteError):
     """A document, model directory or file that does not exist."""
 
