@@ -22,6 +22,7 @@ TYPES = [
 EXPECTED = {
     "InvalidInputError": ("INVALID_ARGUMENT", ["ErrorInfo", "BadRequest"]),
     "NotFoundError": ("NOT_FOUND", ["ErrorInfo"]),
+    "AccessError": ("UNAUTHENTICATED", ["ErrorInfo"]),
     "PreconditionError": ("FAILED_PRECONDITION", ["ErrorInfo"]),
     "OverloadedError": ("RESOURCE_EXHAUSTED", ["ErrorInfo", "RetryInfo"]),
     "StorageFullError": ("RESOURCE_EXHAUSTED", ["ErrorInfo"]),
