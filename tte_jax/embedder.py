@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,10 @@ import numpy as np
 from tte_jax.content import Usage
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
-from tte_jax.engine.buckets import Buckets, rows_bucket, smallest
+from tte_jax.engine.buckets import longest, rows_bucket, smallest
 from tte_jax.engine.inputs import ModelInput, model_input, pad_rows, place_features
 from tte_jax.engine.role import Role, results, windows
-from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.engine.served_model import ServedModel
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InternalError, InvalidInputError
 from tte_jax.stages import EmbedItem
@@ -39,6 +38,7 @@ class Embedded:
 class Embedder(Role):
     """Pools the last token of content + ECR; inputs of about the same length run together."""
 
+    name = "embedder"
     stage = "embed"
 
     def __init__(
@@ -72,20 +72,14 @@ class Embedder(Role):
                 jax.ShapeDtypeStruct((rows, tokens), jnp.int32) if vision else None,
             )
 
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
-    ) -> Self:
-        """Opens a model directory; compiles at `warmup` or at the first call.
-
-        Raises: as `engine.served_model.open_model`.
-        """
-        return cls(open_model(directory, role="embedder", dtype=dtype, buckets=buckets))
-
     @property
     def dimension(self) -> int:
         """D, the length of a whole vector."""
         return self.served.config.text.hidden_size
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return longest(self._shapes)
 
     def embed(self, items: Sequence[EmbedItem], dimension: int = 0) -> np.ndarray:
         """[B, D] float32, L2-normalised. Blocking; any number of items.

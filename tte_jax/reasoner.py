@@ -6,16 +6,14 @@ import queue as thread_queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Self
 
 from tte_jax.content import NO_REASONING, Reasoning, Usage
 from tte_jax.engine.batcher import RequestQueue, complete
-from tte_jax.engine.buckets import Buckets, smallest
+from tte_jax.engine.buckets import smallest
 from tte_jax.engine.inputs import model_input
 from tte_jax.engine.programs import Stops
 from tte_jax.engine.role import Role, results, windows
-from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.engine.served_model import ServedModel
 from tte_jax.engine.slots import DecodeLoop, Generated, Job, think_limit
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InvalidInputError
@@ -61,6 +59,7 @@ class Reasoner(Role):
     budget that cannot even hold those, 0 included, means no reasoning: an empty ECR.
     """
 
+    name = "reasoner"
     stage = "reason"
 
     def __init__(
@@ -84,12 +83,7 @@ class Reasoner(Role):
             vision = VisionEncoder(
                 self.table, config.vision, served.buckets.images, cache_bytes=vision_cache_bytes
             )
-        spelled = None
-        if not tokenizer.has_control(END_THINK):
-
-            def spelled(ids: list[int]) -> bool:
-                return END_THINK in tokenizer.decode(ids)
-
+        one_token = tokenizer.has_control(END_THINK)
         self.vision = vision
         self.loop = DecodeLoop(
             self.table,
@@ -98,23 +92,17 @@ class Reasoner(Role):
             stops,
             vision=vision,
             queue=self.queue,
-            is_closed=spelled,
+            is_closed=None if one_token else lambda ids: END_THINK in tokenizer.decode(ids),
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
-    ) -> Self:
-        """Opens a model directory; compiles at `warmup` or at the first call.
-
-        Raises: as `engine.served_model.open_model`.
-        """
-        return cls(open_model(directory, role="reasoner", dtype=dtype, buckets=buckets))
 
     @property
     def max_tokens(self) -> int:
-        """The largest budget that this model is served with."""
+        """The largest budget that this model is served with; a larger one is cut to it."""
         return self.served.buckets.new_tokens
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.served.buckets.cache_length
 
     def reason(
         self,
@@ -207,17 +195,15 @@ class Reasoner(Role):
           What `submit` takes; None when the budget is too small for any reasoning.
 
         Raises:
-          InvalidInputError: bad content, a prompt or budget above this model's limits.
+          InvalidInputError: bad content, or a prompt above this model's limits.
           UnsupportedError: media for a text model.
         """
-        if max_tokens < 0 or max_tokens > self.max_tokens:
+        if max_tokens < 0:
             raise InvalidInputError(
-                f"max_tokens: {max_tokens} is outside 0 to {self.max_tokens}, the largest budget "
-                f"that {self.served.name} is served with",
-                field="max_tokens",
-                reason="BUDGET_OUT_OF_RANGE",
-                limit=self.max_tokens,
+                f"max_tokens: {max_tokens} is below 0", field="max_tokens", limit=self.max_tokens
             )
+        # A budget is an upper bound, and a smaller one keeps it.
+        max_tokens = min(max_tokens, self.max_tokens)
         if not 0.0 <= sampling.temperature <= 2.0 or not 0.0 < sampling.top_p <= 1.0:
             raise InvalidInputError(
                 f"sampling: temperature {sampling.temperature} must be in [0, 2] and top_p "
@@ -266,7 +252,7 @@ class Reasoner(Role):
         for index, job in enumerate(jobs):
             if job is not None:
                 listener = self._listener(index, on_delta) if on_delta else None
-                todo.append(replace(job, on_tokens=listener))
+                todo.append(replace(job, on_tokens=listener) if listener else job)
         running = iter(self.loop.submit(todo, deadline=deadline, wait=wait) if todo else ())
         return [
             self._finish(index, job, None if job is None else next(running))
@@ -275,9 +261,14 @@ class Reasoner(Role):
 
     def _listener(
         self, index: int, on_delta: Callable[[Delta], None]
-    ) -> Callable[[list[int]], None]:
+    ) -> Callable[[list[int], bool], None]:
         decoder = self.served.prompts.tokenizer.stream()
-        return lambda ids: on_delta(Delta(index, decoder.push(ids), len(ids)))
+
+        def listen(ids: list[int], last: bool) -> None:
+            text = decoder.push(ids) + (decoder.finish() if last else "")
+            on_delta(Delta(index, text, len(ids)))
+
+        return listen
 
     def _finish(
         self, index: int, job: Job | None, running: Future[Generated] | None

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,11 @@ import numpy as np
 from tte_jax.content import Usage
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
-from tte_jax.engine.buckets import Buckets, rows_bucket, smallest
+from tte_jax.engine.buckets import longest, rows_bucket, smallest
 from tte_jax.engine.cache import ByteLru
 from tte_jax.engine.inputs import ModelInput, model_input, pad_rows
 from tte_jax.engine.role import Role, results, windows
-from tte_jax.engine.served_model import ServedModel, open_model
+from tte_jax.engine.served_model import ServedModel
 from tte_jax.errors import InternalError
 from tte_jax.models.text import KVCache
 
@@ -53,6 +52,7 @@ class Scored:
 class Reranker(Role):
     """Pointwise yes/no over texts, with the query's keys and values shared and cached."""
 
+    name = "reranker"
     stage = "rerank"
 
     def __init__(
@@ -81,27 +81,22 @@ class Reranker(Role):
             self.table.add(
                 "prefix", length, programs.prefix, ints(1, length), ints(1, 3, length), ints(1)
             )
-            kv = jax.ShapeDtypeStruct((c.layers, 1, length, c.kv_heads, c.head_dim), dtype)
+            shape = (c.layers, 1, length, c.kv_heads, c.head_dim)
+            before = jax.eval_shape(partial(_empty_prefix, shape, dtype))
             for rows, tokens in self._shapes:
                 self.table.add(
                     "score",
                     (rows, tokens, length),
                     score,
-                    KVCache(k=kv, v=kv, length=ints(1)),
+                    before,
                     ints(rows, tokens),
                     ints(rows, 3, tokens),
                     ints(rows),
                 )
 
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
-    ) -> Self:
-        """Opens a model directory; compiles at `warmup` or at the first call.
-
-        Raises: as `engine.served_model.open_model`.
-        """
-        return cls(open_model(directory, role="reranker", dtype=dtype, buckets=buckets))
+    @property
+    def max_sequence_tokens(self) -> int:
+        return max(self._prefixes) + longest(self._shapes)
 
     def score(
         self, query: str, candidates: Sequence[str], instruction: str = ""
@@ -252,3 +247,8 @@ class Reranker(Role):
     def _stop(self) -> None:
         if self._batcher is not None:
             self._batcher.close()
+
+
+def _empty_prefix(shape: tuple[int, ...], dtype: Any) -> KVCache:
+    zeros = jnp.zeros(shape, dtype)
+    return KVCache(k=zeros, v=zeros, length=jnp.zeros((1,), jnp.int32))

@@ -48,7 +48,7 @@ class Entry:
 
     payload: Any
     cost: int = 1
-    group: Hashable = None
+    group: Any = None
     deadline: float | None = None
     future: Future[Any] = field(default_factory=Future)
     queued_at: float = 0.0
@@ -107,6 +107,11 @@ class RequestQueue:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def capacity(self) -> int:
+        """How many entries may wait."""
+        return self._max_entries
 
     @property
     def queued_cost(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tte_jax.errors import InternalError, PreconditionError
+from tte_jax.errors import InternalError, PreconditionError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
 
 Progress = Callable[[int, int, str], None]
@@ -115,6 +115,7 @@ class ExecutableTable:
         self._table: dict[tuple[str, Hashable], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._ready = threading.Event()
+        self._cancelled = threading.Event()
         self.warmup_s = 0.0
 
     def __len__(self) -> int:
@@ -141,8 +142,16 @@ class ExecutableTable:
         """
         self._programs[name, key] = _Program(function, arguments, donate)
 
+    def cancel(self) -> None:
+        """Ends a running warm-up after the programs that compile at this moment."""
+        self._cancelled.set()
+
     def warmup(self, progress: Progress | None = None) -> None:
-        """Compiles what is declared and not yet compiled. Idempotent and thread-safe."""
+        """Compiles what is declared and not yet compiled. Idempotent and thread-safe.
+
+        Raises:
+          UnavailableError: `cancel` was called.
+        """
         with self._lock:
             missing = [key for key in self._programs if key not in self._table]
             if not missing:
@@ -152,6 +161,9 @@ class ExecutableTable:
             with ThreadPoolExecutor(COMPILE_THREADS, "compile") as pool:
                 jobs = {pool.submit(self._compile, self._programs[key]): key for key in missing}
                 for done, job in enumerate(as_completed(jobs), start=1):
+                    if self._cancelled.is_set():
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise UnavailableError("the model is shutting down")
                     name, key = jobs[job]
                     self._table[name, key] = job.result()
                     if progress is not None:

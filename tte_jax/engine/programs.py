@@ -8,6 +8,7 @@ tokens of each row are real, and nothing that padding holds changes a result.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 
 NO_TOKEN = -1
+
+Leaf = Any
+"""An array of the device, or a NumPy one on its way there."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,18 +43,18 @@ class Control:
       seed: uint32; token i of a slot depends on (seed, i) alone, not on its neighbours.
     """
 
-    last_token: Array
-    generated: Array
-    limit: Array
-    close_at: Array
-    forced: Array
-    matched: Array
-    closed: Array
-    done: Array
-    failed: Array
-    temperature: Array
-    top_p: Array
-    seed: Array
+    last_token: Leaf
+    generated: Leaf
+    limit: Leaf
+    close_at: Leaf
+    forced: Leaf
+    matched: Leaf
+    closed: Leaf
+    done: Leaf
+    failed: Leaf
+    temperature: Leaf
+    top_p: Leaf
+    seed: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +118,7 @@ def embed(
 
 
 def prefix(
-    model: MultimodalLM, ids: Int[Array, "1 S"], positions: Int[Array, "1 3 S"], n: Int[Array, "1"]
+    model: MultimodalLM, ids: Int[Array, "1 S"], positions: Int[Array, "1 3 S"], n: Int[Array, " B"]
 ) -> KVCache:
     """Keys and values of a shared prefix, computed once for all candidates."""
     _, (k, v) = model.forward(ids, valid=_valid(ids, n), positions=positions)
@@ -352,14 +356,21 @@ def _choose(c: Control, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sample() -> Array:
-        # Sorting the vocabulary costs more than a small model's step: only when somebody samples.
+        # Work over the whole vocabulary; only when somebody samples.
         scaled = logits / jnp.maximum(c.temperature, 1e-6)[:, None]
-        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-        mass = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(mass, axis=-1) - mass  # the first token always stays
-        kept = jnp.where(before < c.top_p[:, None], ordered, jnp.inf)
-        lowest = jnp.min(kept, axis=-1, keepdims=True)
-        nucleus = jnp.where(scaled >= lowest, scaled, -jnp.inf)
+        mass = jax.nn.softmax(scaled, axis=-1)
+
+        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds
+            middle = (low + high) / 2
+            enough = jnp.where(mass >= middle[:, None], mass, 0).sum(axis=-1) >= c.top_p
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        # The nucleus is what has at least a certain probability. Bisection finds that probability
+        # to the last bits of float32; sorting 150,000 logits would take far longer.
+        low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(c.top_p), mass.max(axis=-1)))
+        low = jnp.where(c.top_p >= 1.0, 0.0, low)
+        nucleus = jnp.where(mass >= low[:, None], scaled, -jnp.inf)
 
         def draw(seed: Array, count: Array, row: Array) -> Array:
             return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)

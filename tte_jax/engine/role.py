@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from tte_jax.engine.batcher import RequestQueue
+from tte_jax.engine.buckets import Buckets
 from tte_jax.engine.executables import ExecutableTable, Progress, backend_compiles
-from tte_jax.engine.served_model import ServedModel
+from tte_jax.engine.served_model import ServedModel, open_model
 from tte_jax.errors import UnavailableError
 
 T = TypeVar("T")
@@ -32,7 +34,12 @@ class Role:
       table: the compiled programs.
       queue: what waits for the device.
       host_pool: threads for decoding and tokenising; servers use the same ones.
+      name: the role's name in `tte.json`.
+      stage: its name in `Usage`.
     """
+
+    name: ClassVar[str]
+    stage: ClassVar[str]
 
     def __init__(self, served: ServedModel, *, queue: RequestQueue | None = None) -> None:
         self.served = served
@@ -43,10 +50,30 @@ class Role:
         self._warm_compiles = 0
         self._closed = False
 
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
+    ) -> Self:
+        """Opens a model directory; compiles at `warmup` or at the first call.
+
+        Raises: as `engine.served_model.open_model`.
+        """
+        return cls(open_model(directory, role=cls.name, dtype=dtype, buckets=buckets))
+
     @property
     def version(self) -> str:
         """`name@hash`; equal for equal model files and prompts."""
         return self.served.version
+
+    @property
+    def accepts_media(self) -> bool:
+        """Whether the model has a vision tower and its directory an image processor."""
+        return self.served.config.vision is not None and self.served.prompts.load is not None
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest sequence, vision tokens and new tokens included."""
+        raise NotImplementedError
 
     @property
     def ready(self) -> bool:
@@ -79,6 +106,7 @@ class Role:
 
     def close(self) -> None:
         """Fails what waits with `UnavailableError`, finishes what runs, ends the threads."""
+        self.table.cancel()
         with self._warm_lock:
             if not self._closed:
                 self._closed = True

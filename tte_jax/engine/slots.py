@@ -47,7 +47,8 @@ class Job:
       max_tokens: new tokens, forced ones included; never exceeded.
       close_at: how many tokens may pass before an open think block is closed by force.
       temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
-      on_tokens: called on the device thread with each dispatch's new ids; must not block.
+      on_tokens: called on the device thread with each dispatch's new ids and whether they are the
+        last; must not block.
     """
 
     input: ModelInput
@@ -56,7 +57,7 @@ class Job:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    on_tokens: Callable[[list[int]], None] | None = None
+    on_tokens: Callable[[list[int], bool], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,7 @@ class DecodeLoop:
             return
         if new and occupant.job.on_tokens is not None and not entry.dead:
             try:
-                occupant.job.on_tokens(new)
+                occupant.job.on_tokens(new, done)
             except Exception as error:
                 log.exception("a listener of generated tokens failed")
                 complete(entry.future, error=as_tte(error))
