@@ -71,6 +71,8 @@ class Service:
       warm: loads and compiles everything that a request needs; the server says SERVING after it.
         Blocking work belongs on the service's own thread, so that health answers meanwhile.
       close: ends threads and files, the device thread last. Called once, after the last request.
+      watch: runs while the service serves, for one that depends on others; calls its argument
+        with False to turn health NOT_SERVING, and with True to turn it SERVING again.
       metrics: gauges for `/metrics`, name → a quick function; give `compile_count` and
         `queue_depth` where there are such.
     """
@@ -80,6 +82,7 @@ class Service:
     warm: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
     metrics: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+    watch: Callable[[Callable[[bool], Awaitable[None]]], Awaitable[None]] | None = None
 
 
 Create = Callable[[Settings], Awaitable[Service]]
@@ -146,12 +149,19 @@ async def serve(
         )
         await server.start()
         log.info("%s listens on %s:%d and warms up", settings.service, settings.host, port)
+
+        async def set_serving(serving: bool) -> None:
+            answer = health_pb2.HealthCheckResponse
+            for name in names:
+                await status.set(name, answer.SERVING if serving else answer.NOT_SERVING)
+
         if await _unless(stop, service.warm()):
             admission.door = Door.OPEN
-            for name in names:
-                await status.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await set_serving(True)
             log.info("%s is serving", settings.service)
             ready(port)
+            if service.watch is not None:
+                await _unless(stop, service.watch(set_serving))
             await stop.wait()
             await _drain(settings, server, admission, status)
     finally:
