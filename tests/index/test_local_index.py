@@ -33,6 +33,8 @@ async def test_the_stage_protocol(stage):
     assert await as_stage.delete(["b", "c"]) == (["b"], ["c"])
     assert [d and d.id for d in await as_stage.get(["a", "b"])] == ["a", None]
     assert set(await stage.existing(["a", "b"])) == {"a"}
+    assert (await stage.fetch(["b", "a"], omit_media=True))[1].document.id == "a"
+    assert (await stage.stats()).documents == 1
 
 
 async def test_a_call_whose_deadline_passes_in_the_queue_is_never_run(stage):
@@ -79,8 +81,8 @@ async def test_searches_beside_writes_and_rebuilds(stage):
 
     async def rebuild():
         for _ in range(10):
-            await stage.read(stage.index.rebuild)
-            await stage.read(stage.index.snapshot)
+            await stage.rebuild()
+            await stage.snapshot()
 
     await asyncio.gather(write(), search(), search(), rebuild())
     assert {h.id for h in (await stage.search(vectors[0], k=999))[0]} == {

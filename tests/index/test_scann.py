@@ -79,9 +79,7 @@ def test_filters_equal_brute_force_through_scann(share, tree_from):
     chosen = rng.random(count) < share
     metadata = [{"in": bool(c)} for c in chosen]
     rows = Rows([f"{i:05d}" for i in range(count)], vectors, np.arange(1, count + 1), metadata)
-    live = LiveIndex(
-        rows, sequence=count, config=IndexConfig(exact_below=1, tree_from=tree_from)
-    )
+    live = LiveIndex(rows, sequence=count, config=IndexConfig(exact_below=1, tree_from=tree_from))
     assert live.rebuild().kind.startswith("scann")
     wanted = found = 0
     for query in queries:

@@ -41,8 +41,9 @@ def test_a_document_goes_in_and_comes_out(index):
     assert cat.content == entry.document.content
     assert cat.content.content_hash == entry.document.content.content_hash
     assert (cat.sequence, dog.sequence, missing) == (1, 2, None)
-    assert index.get(["cat"], omit_media=True)[0].content.parts == (Text("a cat"),)
+    assert index.fetch(["cat"], omit_media=True)[0].document.content.parts == (Text("a cat"),)
     versions = index.existing(["cat", "bird"])
+    assert index.fetch(["bird", "cat"])[1].versions == versions["cat"]
     assert versions == {"cat": (entry.document.content.content_hash, "r1", "e1", {"n": 1})}
     stats = index.stats()
     assert (stats.documents, stats.sequence, stats.dimension) == (2, 2, 2)
@@ -101,10 +102,10 @@ def test_damaged_media_are_data_loss_and_verify_names_them(index, tmp_path):
 def test_answers_too_large_for_one_message_are_refused_before_reading(index):
     index.upsert([make_entry(id, unit(1, 0), image=id.encode() * 500) for id in "ab"])
     with pytest.raises(InvalidInputError, match="1000 bytes") as caught:
-        index.get(["a", "b"], max_media_bytes=999)
+        index.fetch(["a", "b"], max_media_bytes=999)
     assert caught.value.reason == "RESPONSE_TOO_LARGE"
-    assert len(index.get(["a", "b"], max_media_bytes=1000)) == 2
-    assert len(index.get(["a", "b"], max_media_bytes=0, omit_media=True)) == 2
+    assert len(index.fetch(["a", "b"], max_media_bytes=1000)) == 2
+    assert len(index.fetch(["a", "b"], max_media_bytes=0, omit_media=True)) == 2
 
 
 @pytest.mark.parametrize(

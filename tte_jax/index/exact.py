@@ -1,4 +1,8 @@
-"""Exact cosine search in NumPy: the small corpus, the delta, filtered survivors, and the oracle."""
+"""Exact cosine search in NumPy: the small corpus, the delta, filtered survivors, and the oracle.
+
+`np.vecdot` and not `@`: a matrix-vector product is bound by memory, so BLAS threads gain little
+(2,000 x 256: 0.03 ms either way), but beside another busy process they wait for each other (12 ms).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 # A float32 dot product of unit vectors is off by far less; rows within this of the k-th score
-# are scored again in float64, so that rounding inside BLAS never decides who is in the result.
+# are scored again in float64, so that rounding never decides who is in the result.
 _SLACK = np.float32(1e-5)
 # Above this share of rows, one pass over the whole matrix is cheaper than gathering rows.
 _GATHER_BELOW = 0.25
@@ -32,11 +36,11 @@ def propose(
     if count <= k:
         return np.arange(count, dtype=np.int64) if rows is None else rows
     if rows is None:
-        scores = vectors @ query
+        scores = np.vecdot(vectors, query)
     elif count < _GATHER_BELOW * len(vectors):
-        scores = vectors[rows] @ query
+        scores = np.vecdot(vectors[rows], query)
     else:
-        scores = (vectors @ query)[rows]
+        scores = np.vecdot(vectors, query)[rows]
     threshold = np.partition(scores, count - k)[count - k] - _SLACK
     chosen = np.flatnonzero(scores >= threshold)
     return chosen if rows is None else rows[chosen]
@@ -45,8 +49,8 @@ def propose(
 def score(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[M] float32 cosines of the given rows, summed in float64 in one fixed order.
 
-    Equal vectors get equal scores wherever they stand, which a BLAS product does not promise;
-    ties are therefore real ties.
+    Equal vectors get equal scores wherever they stand, which a float32 product does not
+    promise; ties are therefore real ties.
     """
     out = np.empty(len(rows), dtype=np.float32)
     wide = query.astype(np.float64)

@@ -13,7 +13,8 @@ import numpy as np
 from tte_jax.content import Document, Usage
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
-from tte_jax.index.service_index import CorpusIndex
+from tte_jax.index.live import RebuildReport
+from tte_jax.index.service_index import CorpusIndex, Fetched, IndexStats, SnapshotReport
 from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ class LocalIndex:
         self.index = index
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="index-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="index-writer")
+        # A rebuild of minutes must not take a reader's place.
+        self._admin = ThreadPoolExecutor(2, thread_name_prefix="index-admin")
 
     async def search(
         self,
@@ -68,9 +71,31 @@ class LocalIndex:
         """Content hash and model versions of the ids that exist."""
         return await self._run(self._readers, lambda: self.index.existing(ids), timeout_s)
 
-    async def read(self, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
-        """Run other work on the index (statistics, snapshot, rebuild) on a reader thread."""
+    async def fetch(
+        self,
+        ids: Sequence[str],
+        *,
+        omit_media: bool = False,
+        max_media_bytes: int | None = None,
+        timeout_s: float | None = None,
+    ) -> list[Fetched | None]:
+        """See `CorpusIndex.fetch`."""
+
+        def work() -> list[Fetched | None]:
+            return self.index.fetch(ids, omit_media=omit_media, max_media_bytes=max_media_bytes)
+
         return await self._run(self._readers, work, timeout_s)
+
+    async def stats(self, *, timeout_s: float | None = None) -> IndexStats:
+        return await self._run(self._readers, self.index.stats, timeout_s)
+
+    async def snapshot(self, *, timeout_s: float | None = None) -> SnapshotReport:
+        """See `CorpusIndex.snapshot`; goes on when the caller gives up."""
+        return await self._run(self._admin, self.index.snapshot, timeout_s)
+
+    async def rebuild(self, *, timeout_s: float | None = None) -> RebuildReport:
+        """See `CorpusIndex.rebuild`; goes on when the caller gives up."""
+        return await self._run(self._admin, self.index.rebuild, timeout_s)
 
     async def close(self) -> None:
         """Finish what runs, then close the index."""
@@ -80,6 +105,7 @@ class LocalIndex:
     def _stop(self) -> None:
         self._writer.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
+        self._admin.shutdown(wait=True, cancel_futures=True)
         self.index.close()
 
     async def _run(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,6 +70,13 @@ class IndexStats:
     database_bytes: int
     media_bytes: int
     last_error: str
+
+
+class Fetched(NamedTuple):
+    """A stored document and what it was made of, from one read."""
+
+    document: Document
+    versions: StoredVersions
 
 
 @dataclass(frozen=True)
@@ -220,10 +228,14 @@ class CorpusIndex:
             if f.id in reasonings
         ]
 
-    def get(
+    def get(self, ids: Sequence[str]) -> list[Document | None]:
+        """The documents with their media; `None` where the id is unknown. Raises as `fetch`."""
+        return [None if found is None else found.document for found in self.fetch(ids)]
+
+    def fetch(
         self, ids: Sequence[str], *, omit_media: bool = False, max_media_bytes: int | None = None
-    ) -> list[Document | None]:
-        """The documents with their media; `None` where the id is unknown.
+    ) -> list[Fetched | None]:
+        """The documents and what they were made of; `None` where the id is unknown.
 
         Args:
           ids: document ids.
@@ -239,17 +251,17 @@ class CorpusIndex:
         rows = self.store.documents(ids)
         if max_media_bytes is not None and not omit_media:
             _limit_media([rows[id] for id in ids if id in rows], max_media_bytes)
-        out: list[Document | None] = []
+        out: list[Fetched | None] = []
         for id in ids:
             row = rows.get(id)
             try:
-                out.append(None if row is None else self._document(row, omit_media))
+                out.append(None if row is None else self._fetched(row, omit_media))
             except DataLossError:
                 # A delete or a replacement since the row was read takes its media along.
                 now = self.store.documents([id]).get(id)
                 if now is not None and row is not None and now.sequence == row.sequence:
                     raise
-                out.append(None if now is None else self._document(now, omit_media))
+                out.append(None if now is None else self._fetched(now, omit_media))
         return out
 
     def existing(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
@@ -329,7 +341,7 @@ class CorpusIndex:
         finally:
             self.store.close()
 
-    def _document(self, row: StoredDocument, omit_media: bool) -> Document:
+    def _fetched(self, row: StoredDocument, omit_media: bool) -> Fetched:
         parts = tuple(
             part
             if isinstance(part, Text)
@@ -337,7 +349,12 @@ class CorpusIndex:
             for part in row.parts
             if isinstance(part, Text) or not omit_media
         )
-        return Document(row.id, Content(parts), row.metadata, row.reasoning, row.sequence)
+        return Fetched(
+            Document(row.id, Content(parts), row.metadata, row.reasoning, row.sequence),
+            StoredVersions(
+                row.content_hash, row.reasoner_version, row.embedder_version, row.metadata
+            ),
+        )
 
     def _drop_media(self, hashes: set[str]) -> None:
         # Losing this race with a crash leaves a file nobody names: harmless, so never an error.
