@@ -81,3 +81,22 @@ def test_transparency_becomes_white() -> None:
     buffer = io.BytesIO()
     palette.save(buffer, "PNG", transparency=0)
     assert np.asarray(decode_image(buffer.getvalue())).tolist() == [[[255, 255, 255]]]
+
+
+def test_sixteen_bits_keep_their_upper_half() -> None:
+    deep = Image.fromarray(np.array([[0, 0x0180, 0x7FFF, 0xFFFF]], np.uint16))
+    pixels = np.asarray(decode_image(encoded(deep)))
+    assert pixels.tolist() == [[[v] * 3 for v in (0, 1, 127, 255)]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_bytes_to_patches_as_the_reference(mode: str) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from tte_jax.preprocess.patches import ImageConfig, patchify
+
+    pixels = np.random.default_rng(4).integers(0, 256, (45, 70, 4), np.uint8)
+    data = encoded(Image.fromarray(pixels, "RGBA").convert(mode))
+    reference = Qwen2VLImageProcessorPil()(images=[Image.open(io.BytesIO(data))])
+    patches, _ = patchify(decode_image(data), ImageConfig())
+    np.testing.assert_array_equal(patches, reference["pixel_values"])

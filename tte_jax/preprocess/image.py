@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 from PIL import Image
 
 from tte_jax.errors import InvalidInputError
@@ -21,7 +22,8 @@ def decode_image(
 
     Transparency is composited on white, since a transparent pixel's hidden colour is arbitrary
     (often black). As in the reference processor, EXIF orientation is not applied, and of an
-    animation the first frame counts.
+    animation the first frame counts. Unlike it, 16-bit greyscale keeps its upper 8 bits: clipped
+    to 255, such a scan would be a white sheet.
 
     Args:
       data: the encoded file, one of `FORMATS`.
@@ -63,6 +65,8 @@ def decode_image(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
