@@ -82,7 +82,8 @@ class Settings:
                 field="tls_cert",
             )
         if self.port == -1:
-            object.__setattr__(self, "port", DEFAULT_PORTS.get(self.service, 0))
+            usual = "gateway" if self.service == "all" else self.service
+            object.__setattr__(self, "port", DEFAULT_PORTS[usual])
 
     def address_of(self, service: str) -> str:
         """`host:port` (or any gRPC target) at which the gateway reaches a stage."""
