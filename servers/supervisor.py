@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -116,7 +117,6 @@ class Supervisor:
         self._data_dir = data_dir
         self._pace = pace or Pace()
         self._changed = changed
-        self._stopping = False
         logs = data_dir / "logs"
         self._children = [Child(spec, logs / f"{spec.name}.log") for spec in specs]
 
@@ -159,7 +159,6 @@ class Supervisor:
                 for task in done:
                     task.result()  # keepers end only by errors
             finally:
-                self._stopping = True
                 for task in (stopped, *keepers):
                     task.cancel()
                 await asyncio.gather(stopped, *keepers, return_exceptions=True)
@@ -225,7 +224,7 @@ class Supervisor:
         request = health_pb2.HealthCheckRequest()
         answered = 0.0
         async with grpc.aio.insecure_channel(child.spec.address, options=options) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)  # its type stub lacks the methods
             while True:
                 try:
                     status = (await health.Check(request, timeout=2.0)).status
