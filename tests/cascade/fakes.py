@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -249,10 +249,3 @@ def letters(text: str) -> np.ndarray:
 
 async def collect(items: Any) -> list[Any]:
     return [item async for item in items]
-
-
-def later(call: Callable[[], Awaitable[T]]) -> Coroutine[Any, Any, T]:
-    async def wrapped() -> T:
-        return await call()
-
-    return wrapped()
