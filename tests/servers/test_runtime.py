@@ -184,6 +184,23 @@ async def test_health_turns_before_requests_are_refused_and_running_ones_end() -
         await server.task
 
 
+async def test_a_long_request_ends_within_the_grace_and_not_beyond_it() -> None:
+    async with running(grace_s=30.0) as server:
+        call = asyncio.ensure_future(server.stub.Embed(echo.request(how="1500")))
+        while not server.echo.running:
+            await asyncio.sleep(0.005)
+        server.stop.set()
+        assert len((await call).embeddings) == 1
+    async with running(grace_s=0.1) as server:
+        call = server.stub.Embed(echo.request(how="hold"))
+        ended = asyncio.ensure_future(code_of(call))
+        while not server.echo.running:
+            await asyncio.sleep(0.005)
+        server.stop.set()
+        await server.task
+        assert await ended in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+
+
 async def test_requests_wait_for_the_warm_up_and_a_stop_ends_it() -> None:
     servicer, stop, warming = echo.Echo(), asyncio.Event(), asyncio.Event()
     with socket.socket() as probe:
