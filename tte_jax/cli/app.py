@@ -40,6 +40,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"auto_envvar_prefix": "TTE", "help_option_names": ["-h", "--help"]},
     help="Multimodal retrieval that reasons before it compares.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not found, 4 no service "
@@ -50,7 +51,16 @@ app = typer.Typer(
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        # The one flag without an environment variable: TTE_VERSION may well mean something else.
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            allow_from_autoenv=False,
+            show_envvar=False,
+            help="Show the version.",
+        ),
     ] = False,
 ) -> None:
     del version

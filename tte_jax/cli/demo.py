@@ -1,4 +1,4 @@
-"""`tte demo`, which is `make demo`: starts everything, asks the demo's queries, stops everything."""
+"""`tte demo`, which is `make demo`: starts everything, asks the demo's queries, stops it all."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def demo(
     """
     out = Output(json=json)
     began = time.monotonic()
-    with launch.services(data_dir.absolute(), wait_s=start_timeout, free_ports=True, out=out) as s:
+    flags = ["--port=0"]
+    with launch.services(data_dir.absolute(), wait_s=start_timeout, out=out, flags=flags) as s:
         ready_s = time.monotonic() - began
         out.show(f"Services ready after {ready_s:.1f} s (gateway {s.address('gateway')}).")
         with connect(s.address("gateway")) as client:
@@ -116,8 +117,9 @@ def _picture(client: Client, id: str) -> bytes:
 
 
 def _summary(answers: list[Answer]) -> Table:
-    table = Table("kind", "query", "first stage", "final", "held out", title="Rank of the right one",
-                  title_justify="left")  # fmt: skip
+    table = Table(title="Rank of the right answer", title_justify="left")
+    for column in ("kind", "query", "first stage", "final", "held out"):
+        table.add_column(column)
     for answer in answers:
         ranks = ("–", "–")
         if answer.updates:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tte_jax import limits
 from tte_jax.cli import options, views
-from tte_jax.cli.connection import connect_role
+from tte_jax.cli.connection import ask
 from tte_jax.cli.output import Output
 from tte_jax.cli.search import query_content
 from tte_jax.cli.sources import read_image
@@ -50,8 +50,11 @@ def reason(
     out = Output(json=json)
     content = query_content(" ".join(text or []), [read_image(path) for path in image or []])
     item = ReasonItem(content=content, side=side, instruction=instruction)
-    with connect_role("reasoner", address) as stages:
-        (ecr,), usage = stages.reason([item], max_tokens=max_tokens, timeout_s=timeout)
+    (ecr,), usage = ask(
+        "reasoner",
+        address,
+        lambda stage: stage.reason([item], max_tokens=max_tokens, timeout_s=timeout),
+    )
     out.show(escape(ecr.think))
     out.show(f"[bold]{escape(ecr.answer)}[/]")
     out.show(views.usage_table([usage]))
@@ -77,8 +80,11 @@ def embed(
     out = Output(json=json)
     content = query_content(" ".join(text or []), [read_image(path) for path in image or []])
     item = EmbedItem(content=content, side=side, reasoning=reasoning, instruction=instruction)
-    with connect_role("embedder", address) as stages:
-        vectors, usage = stages.embed([item], dimension=dimension, timeout_s=timeout)
+    vectors, usage = ask(
+        "embedder",
+        address,
+        lambda stage: stage.embed([item], dimension=dimension, timeout_s=timeout),
+    )
     vector = np.asarray(vectors[0])
     head = " ".join(f"{x:+.4f}" for x in vector[:8])
     out.show(f"{len(vector)} dimensions: {head}{' …' if len(vector) > 8 else ''}")
@@ -110,8 +116,11 @@ def rerank(
             "once.",
             field="candidates",
         )
-    with connect_role("reranker", address) as stages:
-        scores, usage = stages.rerank(query, candidates, instruction=instruction, timeout_s=timeout)
+    scores, usage = ask(
+        "reranker",
+        address,
+        lambda stage: stage.rerank(query, candidates, instruction=instruction, timeout_s=timeout),
+    )
     order = np.argsort(-np.asarray(scores), kind="stable")
     table = Table("#", "P(yes)", "candidate")
     for rank, index in enumerate(order, start=1):

@@ -39,7 +39,7 @@ Address = Annotated[
     typer.Option(
         envvar="TTE_ADDRESS",
         help="Gateway, host:port. Default: the system that runs on this machine, else "
-        "127.0.0.1:50050.",
+        "127.0.0.1:50060.",
         show_default=False,
     ),
 ]
@@ -76,8 +76,3 @@ BudgetText = Annotated[
         show_default=False,
     ),
 ]
-
-
-def data_dir(given: Path | None) -> Path:
-    """The data directory to use: as given, else ~/.local/share/tte."""
-    return (given or Path("~/.local/share/tte")).expanduser().absolute()

@@ -1,0 +1,163 @@
+"""Starts the five services as one child process, waits until they serve, and stops them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tte_jax import system_state
+from tte_jax.cli import inspection
+from tte_jax.cli.output import Output
+from tte_jax.errors import InvalidInputError, PreconditionError, UnavailableError
+
+POLL_S = 0.25
+# Two waves of services drain one after the other, each in its grace.
+STOP_S = 100.0
+# What the services' processes end with, see `servers.runtime`.
+PORT_IN_USE = 98
+# What the supervisor writes before the reason, as its last words.
+_CANNOT_START = "The system cannot start:"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A system that this process started.
+
+    Attributes:
+      process: the supervisor.
+      addresses: service → host:port.
+      log: what the services write.
+    """
+
+    process: subprocess.Popen[bytes]
+    addresses: dict[str, str]
+    log: Path
+
+    def address(self, service: str) -> str:
+        return self.addresses[service]
+
+
+@contextlib.contextmanager
+def services(
+    data_dir: Path, *, wait_s: float, out: Output, flags: Sequence[str] = ()
+) -> Iterator[Started]:
+    """The services while the block runs: all SERVING when it begins, all ended after it.
+
+    Args:
+      data_dir: corpus, caches, logs and state; made when missing.
+      wait_s: how long they get until all serve. The first start compiles, later ones do not.
+      flags: for `python -m servers all`.
+
+    Raises:
+      PreconditionError: a system runs on this data directory already, or one ended at its start.
+      InvalidInputError: a port is taken.
+      UnavailableError: not all serve after `wait_s`.
+    """
+    if running := system_state.read(data_dir):
+        raise PreconditionError(
+            f"A system with the data directory {data_dir} is running already (process "
+            f"{running.pid}, gateway {running.service('gateway').address}). Use it, stop it, or "
+            "give another --data-dir.",
+            reason="ALREADY_RUNNING",
+        )
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log = data_dir / "services.log"
+    command = [sys.executable, "-m", "servers", "all", f"--data-dir={data_dir}", *flags]
+    # A group of its own: Ctrl-C reaches this process alone, which then stops the services in order.
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, f"--parent-pid={os.getpid()}"],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        with _sigterm_as_interrupt():
+            addresses = _wait(process, data_dir, log, wait_s, out)
+            yield Started(process, addresses, log)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Drains the services; kills them when that takes longer than it can."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            # The services end with the supervisor, whichever way that ends.
+            process.kill()
+            process.wait()
+
+
+def model_versions(started: Started) -> dict[str, str]:
+    """Service → version of the model that it runs."""
+    return {
+        seen.service: str(seen.about["model_version"])
+        for seen in inspection.look(started.addresses, timeout_s=10.0)
+        if "model_version" in seen.about
+    }
+
+
+def stored_documents(started: Started) -> int:
+    """How many documents the index holds."""
+    (seen,) = inspection.look({"index": started.address("index")}, timeout_s=10.0)
+    return int(seen.about.get("documents", 0))
+
+
+def _wait(
+    process: subprocess.Popen[bytes], data_dir: Path, log: Path, wait_s: float, out: Output
+) -> dict[str, str]:
+    """Service → address once all serve."""
+    until = time.monotonic() + wait_s
+    waiting: list[str] = list(inspection.SERVICES)
+    with out.err.status("Starting the services") as spinner:
+        while time.monotonic() < until:
+            if process.poll() is not None:
+                raise _ended(process.returncode, log)
+            running = system_state.read(data_dir)
+            if running is not None and running.pid == process.pid:
+                if running.ready:
+                    return {s.name: s.address for s in running.services}
+                waiting = [s.name for s in running.services if s.state != "serving"]
+                spinner.update(f"Starting the services (waiting for {', '.join(waiting)})")
+            time.sleep(POLL_S)
+    raise UnavailableError(
+        f"After {wait_s:.0f} s these services do not serve yet: {', '.join(waiting)}. Allow more "
+        f"time with --start-timeout; the log is {log}.",
+        reason="START_TIMEOUT",
+    )
+
+
+def _ended(code: int, log: Path) -> InvalidInputError | PreconditionError:
+    text = log.read_text(errors="replace").strip()
+    why = text[max(text.rfind(_CANNOT_START), 0) :].removeprefix(_CANNOT_START).strip()
+    if code == PORT_IN_USE:
+        return InvalidInputError(f"A port is taken. {why}", field="--port", reason="PORT_IN_USE")
+    return PreconditionError(
+        f"The services ended at their start with code {code}. {why or 'They said nothing.'}",
+        reason="START_FAILED",
+    )
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops the services too: it raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
