@@ -40,6 +40,9 @@ HealthServicer: Any = health.aio.HealthServicer  # pyright: ignore[reportAttribu
 # A server without callers is closed after this long; retrying ones get ten times as much.
 QUIET_S = 0.1
 
+# Cancelled handlers get this long to let go of the service before it is closed.
+UNWIND_S = 5.0
+
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PORT_IN_USE = 98  # Linux' EADDRINUSE
@@ -166,6 +169,8 @@ async def serve(
             await _drain(settings, server, admission, status)
     finally:
         await server.stop(0)  # at once when something went wrong; nothing to do after a drain
+        with contextlib.suppress(TimeoutError):  # gRPC does not wait for the handlers it cancels
+            await asyncio.wait_for(admission.idle(), UNWIND_S)
         if service is not None:
             await service.close()
         if http is not None:

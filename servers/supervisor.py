@@ -295,6 +295,7 @@ def system_specs(settings: Settings) -> list[Spec]:
             name,
             port=ports[name],
             metrics_port=metrics_ports[name],
+            parent_pid=0,  # each child's is the supervisor's
             **(addresses if name == "gateway" else {}),
         )
         specs.append(
