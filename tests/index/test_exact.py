@@ -51,3 +51,12 @@ def test_scores_are_chunked_without_a_seam(monkeypatch):
     monkeypatch.setattr(exact, "_CHUNK_ROWS", 7)
     np.testing.assert_array_equal(exact.score(vectors, vectors[3], np.arange(50)), whole)
     np.testing.assert_allclose(whole, vectors @ vectors[3], atol=1e-6)
+
+
+def test_scores_closer_than_float32_can_tell_are_decided_in_float64():
+    rng = np.random.default_rng(2)
+    base = random_units(rng, 1, 300)
+    vectors = (base + 2e-7 * rng.standard_normal((500, 300))).astype(np.float32)
+    ids = [f"{i:03d}" for i in range(500)]
+    query = random_units(rng, 1, 300)[0]
+    assert _search(vectors, query, 10, ids) == _oracle(vectors, query, 10, ids)

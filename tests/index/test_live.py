@@ -34,7 +34,9 @@ def test_writes_are_visible_to_the_next_search():
 
 def test_a_view_taken_before_a_write_does_not_change():
     live = LiveIndex()
-    live.apply([Stored(i, f"d{i}", unit(1, i), {}) for i in range(1, 80)])
+    live.apply([Stored(i, f"d{i}", unit(1, i), {}) for i in range(1, 40)])
+    live.rebuild()
+    live.apply([Stored(i, f"d{i}", unit(1, i), {}) for i in range(40, 80)])
     before = live.view
     names = set(before.gather().ids)
     live.apply([Stored(100 + i, f"d{i}", unit(-1, i), {}) for i in range(1, 200)])

@@ -15,7 +15,8 @@ from tte_jax.errors import (
     UnavailableError,
 )
 from tte_jax.filters import Equals
-from tte_jax.index import CorpusIndex, IndexConfig
+from tte_jax.index import CorpusIndex, IndexConfig, snapshots
+from tte_jax.index.generation import Rows
 
 
 @pytest.fixture
@@ -229,6 +230,22 @@ def test_snapshots_of_another_corpus_or_of_the_future_are_not_used(tmp_path, cap
     index = CorpusIndex.open(tmp_path / "b")
     assert "belongs to corpus" in caplog.text
     assert [h.id for h in index.search(unit(*range(1, 9)), 9)] == ["only"]
+    index.close()
+
+
+def test_a_snapshot_that_contradicts_the_database_is_not_used(tmp_path, caplog):
+    _three_generations(tmp_path)
+    index = CorpusIndex.open(tmp_path)
+    rows = index.live.view.gather()
+    corpus_id, sequence = index.store.corpus_id, index.store.sequence
+    index.close()
+    # Whole and with right checksums, but a deleted document lives in it and a live one does not.
+    wrong = Rows(["d3", *rows.ids[1:]], rows.vectors, rows.sequences, rows.metadata)
+    snapshots.write(tmp_path / "snapshots", wrong, corpus_id=corpus_id, sequence=sequence)
+    index = CorpusIndex.open(tmp_path)
+    assert "contradicts the database" in caplog.text
+    assert index.verify() == []
+    assert "d3" not in {h.id for h in index.search(unit(*range(1, 9)), 100)}
     index.close()
 
 

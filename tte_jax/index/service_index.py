@@ -182,7 +182,7 @@ class CorpusIndex:
                     for sequence, e in zip(sequences, entries, strict=True)
                 ]
             )
-            self._drop_media(old - hashes)
+            self._drop_media(old)
         self._maintain()
         return sequences[-1]
 
