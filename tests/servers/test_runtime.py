@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
+import trustme
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -23,7 +24,8 @@ from grpc_status import rpc_status
 from servers import runtime
 from servers.settings import Settings
 from tests.servers import echo
-from tte.v1 import embedder_pb2
+from tte.v1 import embedder_pb2, embedder_pb2_grpc
+from tte_jax.errors import NotFoundError
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -231,6 +233,23 @@ async def test_requests_wait_for_the_warm_up_and_a_stop_ends_it() -> None:
     await task
     await channel.close()
     assert servicer.closed
+
+
+async def test_tls_serves_those_who_trust_the_certificate(tmp_path) -> None:
+    authority = trustme.CA()
+    pair = authority.issue_cert("127.0.0.1")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_bytes(b"".join(blob.bytes() for blob in pair.cert_chain_pems))
+    key.write_bytes(pair.private_key_pem.bytes())
+    async with running(tls_cert=str(cert), tls_key=str(key)) as server:
+        trusting = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+        async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", trusting) as channel:
+            stub = embedder_pb2_grpc.EmbedderServiceStub(channel)
+            assert len((await stub.Embed(echo.request())).embeddings) == 1
+        assert await code_of(server.stub.Embed(echo.request())) is grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(NotFoundError, match="tls_key: .*missing.pem"):
+        async with running(tls_cert=str(cert), tls_key=str(tmp_path / "missing.pem")):
+            pass
 
 
 async def test_metrics_count_requests_by_code_and_read_gauges() -> None:
