@@ -318,6 +318,7 @@ def test_of_two_documents_with_one_id_the_later_stays():
     first, second = docs("a")[0], Document("a", Content.of("newer"))
     updates = system.ingest([first, *docs("b"), second])
     assert outcome(updates) == {0: ("a", STORED), 1: ("b", STORED), 2: ("a", STORED)}
+    assert system.index.batches == [["a", "b"], ["a"]]
     assert system.index.entries["a"].document.content.text == "newer"
 
 
