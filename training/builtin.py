@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from tte_jax.models.config import VisionConfig
+from tte_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from tte_jax.preprocess.patches import ImageConfig
+from tte_jax.preprocess.tokenizer import Tokenizer
 
 SIDE = 112  # pixels; every built-in picture is 112 x 112, 64 patches, 16 vision tokens
+
+IMAGES = ImageConfig(
+    patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=SIDE**2, max_pixels=SIDE**2
+)
 
 VISION = VisionConfig(
     depth=6,
@@ -17,3 +23,47 @@ VISION = VisionConfig(
     merge_size=2,
     out_size=256,
 )
+
+
+def _text(*, layers: int, inner: int, qwen3: bool) -> TextConfig:
+    sections = (8, 12, 12)  # time, height, width: half of head_dim in all
+    axes = tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+    return TextConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=inner,
+        layers=layers,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        rms_eps=1e-6,
+        rope_theta=10_000.0,
+        rope_axes=(0,) * 32 if qwen3 else axes,
+        qkv_bias=not qwen3,
+        qk_norm=qwen3,
+        tied=True,
+    )
+
+
+def unified_config(tokenizer: Tokenizer) -> ModelConfig:
+    """tte-mini-vl: reasoner and embedder in one Qwen2-VL."""
+    return ModelConfig(
+        model_type="qwen2_vl",
+        text=_text(layers=4, inner=640, qwen3=False),
+        vision=VISION,
+        image_token_id=tokenizer.token_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
+        eos_token_ids=(tokenizer.token_id("<|im_end|>"),),
+        pad_token_id=tokenizer.token_id("<|endoftext|>"),
+    )
+
+
+def reranker_config(tokenizer: Tokenizer) -> ModelConfig:
+    """tte-mini-reranker: a Qwen3 text model that says yes or no."""
+    return ModelConfig(
+        model_type="qwen3",
+        text=_text(layers=4, inner=640, qwen3=True),
+        eos_token_ids=(tokenizer.token_id("<|im_end|>"),),
+        pad_token_id=tokenizer.token_id("<|endoftext|>"),
+    )

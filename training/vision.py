@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +28,7 @@ from tte_jax.models.vision import VisionTower
 from training import builtin, images, sampling
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
+from training.prefetch import prefetch
 from training.words import concept_words
 
 
@@ -47,7 +46,7 @@ class Config:
 
     data: Path = Path(".data/emoji")
     out: Path = Path(".data/runs/vision")
-    phases: tuple[tuple[int, int, int], ...] = ((56, 1500, 128), (84, 1500, 128), (112, 450, 128))
+    phases: tuple[tuple[int, int, int], ...] = ((56, 1500, 128), (84, 900, 128), (112, 450, 128))
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 150
@@ -120,19 +119,6 @@ def batches(
         step += 1
 
 
-def prefetch(iterator: Iterator, depth: int = 4) -> Iterator:
-    """Run an endless iterator in a thread, `depth` items ahead."""
-    queue: Queue = Queue(depth)
-
-    def fill() -> None:
-        for item in iterator:
-            queue.put(item)
-
-    Thread(target=fill, daemon=True).start()
-    while True:
-        yield queue.get()
-
-
 def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
@@ -183,18 +169,20 @@ def main(config: Config) -> None:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, metrics
 
-    @jax.jit
-    def classify(params, pictures):
-        out = nnx.merge(graph, params)(pictures.astype(jnp.float32) / 255.0)
+    @jax.jit(static_argnames="size")
+    def classify(params, pictures, size):
+        pixels = pictures.astype(jnp.float32) / 255.0
+        pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), "linear", antialias=True)
+        out = nnx.merge(graph, params)(pixels)
         return out["family"].argmax(-1), out["gender"].argmax(-1), out["skin"].argmax(-1)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(size: int) -> dict[str, float]:
         """Accuracy on the art style that is never trained on, seen and unseen combinations alike;
         held-out families cannot be named by a classifier and are left out."""
         rows = eval_rows[~data.heldout_concept[eval_rows]][:640]
         right = []
         for part in np.array_split(rows, 5):
-            predicted = classify(params, jnp.asarray(data.images[np.sort(part)]))
+            predicted = classify(params, jnp.asarray(data.images[np.sort(part)]), size)
             truth = data.concept_ids[np.sort(part)]
             right.append(
                 [np.asarray(p) == ids[k][truth] for p, k in zip(predicted, LABELS[:1] + LABELS[3:5])]
@@ -228,7 +216,7 @@ def main(config: Config) -> None:
             if step % 50 == 0:
                 row = {k: round(float(v), 4) for k, v in metrics.items()}
                 if step % config.eval_every == 0 or step == total:
-                    row |= {k: round(float(v), 4) for k, v in evaluate().items()}
+                    row |= {k: round(float(v), 4) for k, v in evaluate(size).items()}
                 row |= {
                     "step": step,
                     "size": size,

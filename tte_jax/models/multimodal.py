@@ -43,6 +43,7 @@ class MultimodalLM(nnx.Module):
         vis: Float[Array, "V D"] | None = None,
         vis_idx: Int[Array, "B T"] | None = None,
         prefix: KVCache | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states after the final norm, and the new keys and values [L B T K H].
@@ -54,13 +55,16 @@ class MultimodalLM(nnx.Module):
           vis: table of vision features, or None for text only.
           vis_idx: row of `vis` for each token, -1 at text.
           prefix: cache of earlier tokens.
+          mask: which new token sees which; None = causal over the valid ones.
           remat: trade compute for memory in the backward pass.
         """
         x = self.text.embed(ids)
         if vis is not None and vis_idx is not None:
             features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
             x = jnp.where((vis_idx >= 0)[..., None], features, x)
-        return self.text(x, positions=positions, valid=valid, prefix=prefix, remat=remat)
+        return self.text(
+            x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""

@@ -99,6 +99,7 @@ class TextDecoder(nnx.Module):
         positions: Int[Array, "B 3 T"],
         valid: Bool[Array, "B T"],
         prefix: KVCache | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Run all layers, causally.
@@ -108,6 +109,7 @@ class TextDecoder(nnx.Module):
           positions: int32 position rows (time, height, width); equal rows for text.
           valid: False at padding, which may stand on either side or anywhere between.
           prefix: earlier tokens that every new token may look at.
+          mask: which new token sees which; None = causal over the valid ones.
           remat: recompute layers in the backward pass instead of keeping their activations.
 
         Returns:
@@ -117,8 +119,8 @@ class TextDecoder(nnx.Module):
         c = self.config
         cos, sin = rotary_tables(positions, c.rope_axes, frequencies(c.head_dim, c.rope_theta))
         length = x.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal[None] & valid[:, None, :]
+        if mask is None:
+            mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
         if prefix is not None:
             places = jnp.arange(prefix.k.shape[2])
             prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]

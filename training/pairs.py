@@ -1,0 +1,267 @@
+"""Training batches of the unified model: three kinds of query, each with its document.
+
+Everything here is host work on NumPy; a batch depends on (seed, step) alone. Sequences come from
+the same `PromptSet` that serves the model, so what is trained is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from training import sampling, texts
+from training.data.concepts import Concept
+from training.data.emoji import EmojiData
+from tte_jax.content import Content, Media, Side
+from tte_jax.preprocess.patches import ImageConfig
+from tte_jax.preprocess.positions import mrope_positions
+from tte_jax.preprocess.prompts import PromptSet
+from tte_jax.preprocess.template import Prompt
+from tte_jax.preprocess.tokenizer import Tokenizer
+from tte_jax.stages import ReasonItem
+
+GRID = (1, 8, 8)  # 112 x 112 pixels in patches of 14
+FEATURES = 16  # merged patches of one picture
+ECR_ROOM = 36  # tokens of an ECR with its <|im_end|>; the longest has 35
+_PICTURE = Media(b"picture")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A group of equally long sequences: prompt, ECR, `<|im_end|>`, pads, and a lone `<|im_end|>`.
+
+    The last token sees the prompt only. It is the sequence's own "no reasoning" ending, so one
+    pass yields the embedding with and without ECR.
+
+    Attributes:
+      ids: [B, T] int32.
+      positions: [B, 3, T] int32.
+      vis_idx: [B, T] int32, row of the vision table or -1.
+      prompt: [B] int32, tokens of the prompt.
+      end: [B] int32, index of the `<|im_end|>` that follows the ECR.
+      targets: [B, ECR_ROOM] int32, the true ECR and its `<|im_end|>`.
+      weights: [B, ECR_ROOM] float32, 0 where nothing is to be learnt (pads, corrupted ECRs).
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    vis_idx: np.ndarray
+    prompt: np.ndarray
+    end: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step. Queries are ordered text, image, composed; document i answers query i.
+
+    Attributes:
+      pictures: [M, 112, 112, 3] uint8: documents, then image queries, then composed queries.
+      picture_concepts: [M] int32.
+      documents, text, image, composed: the sequences of each group.
+      concepts: [B] int32 concept of each document.
+    """
+
+    pictures: np.ndarray
+    picture_concepts: np.ndarray
+    documents: Sequences
+    text: Sequences
+    image: Sequences
+    composed: Sequences
+    concepts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many queries of each kind a batch has, and how often an ECR is replaced by a wrong one."""
+
+    text: int = 36
+    image: int = 24
+    composed: int = 36
+    corrupt: float = 0.25
+    corrupt_text: float = 0.1
+
+
+class PairSource:
+    """Draws batches from a split of the data."""
+
+    def __init__(
+        self, data: EmojiData, tokenizer: Tokenizer, image_config: ImageConfig, *, seed: int
+    ) -> None:
+        self._data = data
+        self._seed = seed
+        self._prompts = PromptSet(
+            "mini", tokenizer, image_config, load=lambda media, path: (_NO_PATCHES, GRID)
+        )
+        self._table = sampling.image_table(data)
+        self._by_concept = {int(c): i for i, c in enumerate(self._table.concepts)}
+        self.reasonings = texts.Reasonings(data.concepts)
+        self._end = tokenizer.token_id("<|im_end|>")
+        self._pad = tokenizer.token_id("<|endoftext|>")
+        self._image = tokenizer.token_id("<|image_pad|>")
+        self._video = tokenizer.token_id("<|video_pad|>")
+        self._encode_ecr = lru_cache(None)(tokenizer.encode_tagged)
+        self._prompt = lru_cache(200_000)(self._build_prompt)
+        self._families = self._variants()
+        self._subgroups = self._siblings()
+
+    def batches(self, start: int, mix: Mix) -> Iterator[Batch]:
+        """Batches `start`, `start` + 1, … without end."""
+        step = start
+        while True:
+            yield self._batch(np.random.default_rng((self._seed, step)), mix)
+            step += 1
+
+    def sequences(
+        self,
+        prompts: list[Prompt],
+        truths: list[str],
+        shown: list[str],
+        room: int,
+        first_picture: int | None,
+    ) -> Sequences:
+        """Lay out one group; picture i of the group is row `first_picture + i` of the pictures."""
+        count = len(prompts)
+        ids = np.full((count, room), self._pad, np.int32)
+        positions = np.zeros((count, 3, room), np.int32)
+        vis_idx = np.full((count, room), -1, np.int32)
+        targets = np.full((count, ECR_ROOM), self._pad, np.int32)
+        weights = np.zeros((count, ECR_ROOM), np.float32)
+        lengths, ends = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        for row, (prompt, truth, show) in enumerate(zip(prompts, truths, shown, strict=True)):
+            n = len(prompt.ids)
+            ecr = [*self._encode_ecr(show), self._end]
+            right = [*self._encode_ecr(truth), self._end]
+            if n + len(ecr) + 1 > room or len(right) > ECR_ROOM:
+                raise ValueError(f"{n + len(ecr) + 1} tokens do not fit into {room}: {show!r}")
+            ids[row, :n] = prompt.ids
+            ids[row, n : n + len(ecr)] = ecr
+            ids[row, -1] = self._end
+            rows, following = self._place(prompt)
+            positions[row, :, :n] = rows
+            positions[row, :, n : n + len(ecr)] = following + np.arange(len(ecr))
+            positions[row, :, -1] = following
+            if first_picture is not None:
+                where = np.flatnonzero(ids[row] == self._image)
+                vis_idx[row, where] = (first_picture + row) * FEATURES + np.arange(FEATURES)
+            lengths[row], ends[row] = n, n + len(ecr) - 1
+            targets[row, : len(right)] = right
+            weights[row, : len(right)] = float(show == truth)
+        return Sequences(ids, positions, vis_idx, lengths, ends, targets, weights)
+
+    def prompt_of(self, text: str, picture: bool) -> Prompt:
+        """The reasoner's prompt for a text, a picture, or a picture with a change."""
+        return self._prompt(text, picture)
+
+    def _build_prompt(self, text: str, picture: bool) -> Prompt:
+        parts = Content.of(text).parts if text else ()
+        content = Content(((_PICTURE,) if picture else ()) + parts)
+        return self._prompts.reason(ReasonItem(content, Side.QUERY))
+
+    def _place(self, prompt: Prompt) -> tuple[np.ndarray, int]:
+        grids = [GRID] if (prompt.ids == self._image).any() else []
+        return mrope_positions(
+            prompt.ids, grids, image_token_id=self._image, video_token_id=self._video, merge_size=2
+        )
+
+    def _variants(self) -> list[np.ndarray]:
+        """Families with at least four one-person variants: table indices, for changes."""
+        grouped: dict[str, list[int]] = {}
+        for index, concept in enumerate(self._concepts()):
+            if not concept.multi_person and (concept.gender != "none" or concept.skin != "none"):
+                grouped.setdefault(concept.family, []).append(index)
+        return [np.array(v) for v in grouped.values() if len(v) >= 4]
+
+    def _siblings(self) -> dict[str, np.ndarray]:
+        grouped: dict[str, list[int]] = {}
+        for index, concept in enumerate(self._concepts()):
+            grouped.setdefault(concept.subgroup, []).append(index)
+        return {k: np.array(v) for k, v in grouped.items()}
+
+    def _concepts(self) -> list[Concept]:
+        return [self._data.concepts[c] for c in self._table.concepts]
+
+    def _batch(self, rng: np.random.Generator, mix: Mix) -> Batch:
+        concept_of = self._concept
+        plain = self._draw(mix.text + mix.image, rng)
+        pairs = self._changes(mix.composed, rng)
+        answers = np.concatenate([plain, [target for _, target in pairs]]).astype(int)
+        documents = [concept_of(i) for i in answers]
+        rows = [sampling.pick_row(self._table, int(i), rng) for i in answers]
+        looks = plain[mix.text :]
+        rows += [sampling.pick_row(self._table, int(i), rng) for i in looks]
+        rows += [sampling.pick_row(self._table, source, rng) for source, _ in pairs]
+
+        picture = self._prompt("", True)
+        truths = [self.reasonings.of(c) for c in documents]
+        wrong = [self._maybe_wrong(int(i), mix.corrupt, rng) for i in answers]
+        text_prompts = [self._text_prompt(concept_of(int(i)), rng) for i in plain[: mix.text]]
+        text_wrong = [self._maybe_wrong(int(i), mix.corrupt_text, rng) for i in plain[: mix.text]]
+        asked = [
+            self._prompt(texts.change_query(concept_of(s), concept_of(t), rng), True)
+            for s, t in pairs
+        ]
+        seen = [self._maybe_wrong(int(i), mix.corrupt, rng) for i in looks]
+        meant = [self._maybe_wrong(t, mix.corrupt, rng) for _, t in pairs]
+        first, second = len(documents), len(documents) + len(looks)
+        pictures = np.asarray(rows)
+        return Batch(
+            pictures=self._data.images[pictures],
+            picture_concepts=self._data.concept_ids[pictures],
+            documents=self.sequences([picture] * len(documents), truths, wrong, 66, 0),
+            text=self.sequences(text_prompts, truths[: mix.text], text_wrong, 66, None),
+            image=self.sequences(
+                [picture] * len(looks), truths[mix.text : len(plain)], seen, 66, first
+            ),
+            composed=self.sequences(asked, truths[len(plain) :], meant, 78, second),
+            concepts=self._table.concepts[answers],
+        )
+
+    def _concept(self, index: int) -> Concept:
+        return self._data.concepts[self._table.concepts[index]]
+
+    def _text_prompt(self, concept: Concept, rng: np.random.Generator) -> Prompt:
+        for _ in range(20):
+            prompt = self._prompt(texts.text_query(concept, rng), False)
+            if len(prompt.ids) <= 29:
+                return prompt
+        return self._prompt(texts.label(concept), False)
+
+    def _draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Half at random, half as look-alikes: a few subgroups with several concepts each."""
+        at_random = rng.choice(len(self._table.concepts), count // 2, p=self._table.weights)
+        chosen = [*at_random]
+        while len(chosen) < count:
+            seed = rng.choice(len(self._table.concepts), p=self._table.weights)
+            siblings = self._subgroups[self._concept(int(seed)).subgroup]
+            chosen += [*rng.permutation(siblings)[: min(6, count - len(chosen))]]
+        return rng.permutation(np.array(chosen))
+
+    def _changes(self, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+        """(source, target) table indices; four pairs of each drawn family stand together."""
+        pairs: list[tuple[int, int]] = []
+        while len(pairs) < count:
+            family = self._families[rng.integers(len(self._families))]
+            targets = rng.permutation(family)[: min(4, count - len(pairs))]
+            for target in targets:
+                source = int(rng.choice(family[family != target]))
+                if texts.changed(self._concept(source), self._concept(int(target))):
+                    pairs.append((source, int(target)))
+        return pairs
+
+    def _maybe_wrong(self, index: int, rate: float, rng: np.random.Generator) -> str:
+        """The concept's ECR, or now and then that of something it may be mistaken for."""
+        concept = self._concept(index)
+        if rng.random() >= rate:
+            return self.reasonings.of(concept)
+        pool = self._subgroups[concept.subgroup]
+        if rng.random() < 0.15 or len(pool) < 2:
+            pool = np.arange(len(self._table.concepts))
+        return self.reasonings.of(self._concept(int(rng.choice(pool))))
+
+
+_NO_PATCHES = np.zeros((0, 0), np.float32)  # the trainer computes features by itself

@@ -1,0 +1,109 @@
+"""What is said about a concept: the reasoning to learn, the queries people type, the changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from training.data.concepts import Concept
+
+MAX_CUES = 4
+
+_TEMPLATES = (
+    "{x}", "{x}", "{x}", "{x}", "a {x}", "the {x}", "picture of {x}", "a picture of a {x}",
+    "image of {x}", "{x} emoji", "find {x}", "show me a {x}", "icon of {x}",
+)  # fmt: skip
+_CHANGES = (
+    "{x}", "the same, but {as_x}", "the same, but {as_x}", "the same {as_x}", "make it {x}",
+    "but {as_x}", "change to {x}", "same picture {as_x}",
+)  # fmt: skip
+
+
+def label(concept: Concept) -> str:
+    """The answer line: emojibase's label in lower case, without colons."""
+    return concept.label.lower().replace(": ", ", ").replace("’", "'")
+
+
+class Reasonings:
+    """The ECR that a concept should get: kind, cues from coarse to fine, attributes, label.
+
+    Cues are the tags, the ones shared by most concepts first, so that what is written early narrows
+    down what comes later.
+    """
+
+    def __init__(self, concepts: Sequence[Concept]) -> None:
+        self._shared = Counter(t.lower() for c in concepts for t in set(c.tags))
+
+    def of(self, concept: Concept) -> str:
+        """`<think>kind: cues, attributes</think>`, a new line, `Answer: label`."""
+        name = set(label(concept).replace(",", " ").split())
+        tags = [t.lower() for t in concept.tags if t.lower() not in name]
+        tags.sort(key=lambda t: (-self._shared[t], t))
+        cues = tags[:MAX_CUES]
+        if concept.gender in ("man", "woman"):
+            cues.append(concept.gender)
+        if concept.skin != "none":
+            cues.append(f"{concept.skin} skin")
+        kind = concept.subgroup.replace("-", " ")
+        think = f"{kind}: {', '.join(cues)}" if cues else kind
+        return f"<think>{think}</think>\nAnswer: {label(concept)}"
+
+
+def attributes(concept: Concept) -> str:
+    """ "woman with dark skin tone", "man", "medium skin tone" or "" — what a change can ask for."""
+    who = concept.gender if concept.gender in ("man", "woman", "person") else ""
+    tone = f"{concept.skin} skin tone" if concept.skin != "none" else ""
+    return " with ".join(x for x in (who, tone) if x)
+
+
+def text_query(concept: Concept, rng: np.random.Generator) -> str:
+    """Something a person might type for this concept."""
+    draw = rng.random()
+    tags = [t.lower() for t in concept.tags]
+    if draw < 0.15 and concept.shortcodes:
+        said = str(rng.choice(concept.shortcodes)).replace("_", " ").replace("-", " ").lower()
+        if concept.skin != "none" and "skin" not in said:
+            said += f" {concept.skin} skin tone"
+    elif draw < 0.45 and len(tags) >= 2:
+        count = int(rng.integers(2, min(len(tags), 5) + 1))
+        said = (", " if rng.random() < 0.5 else " ").join(rng.permutation(tags)[:count])
+        if concept.skin != "none" or concept.gender in ("man", "woman"):
+            said += ", " + attributes(concept)
+    elif draw < 0.55 and tags:
+        said = f"{label(concept)}, {', '.join(rng.permutation(tags)[:3])}"
+    else:
+        said = label(concept)
+        if rng.random() < 0.3:
+            said = said.replace(", ", " with " if rng.random() < 0.5 else " ", 1)
+    return str(rng.choice(_TEMPLATES)).format(x=said)
+
+
+def change_query(source: Concept, target: Concept, rng: np.random.Generator) -> str:
+    """How to get from one variant of a family to another; names at least what differs."""
+    who = target.gender if target.gender in ("man", "woman", "person") else ""
+    tone = f"{target.skin} skin tone" if target.skin != "none" else "no skin tone"
+    said_who = who and (target.gender != source.gender or rng.random() < 0.3)
+    said_tone = target.skin != source.skin or (target.skin != "none" and rng.random() < 0.3)
+    if said_tone and target.skin != "none" and rng.random() < 0.3:
+        tone = tone.removesuffix(" tone")
+    article = "" if rng.random() < 0.3 else "a "
+    who = f"{article}{who}"
+    if said_who and said_tone:
+        what = f"{who} with {tone}"
+        as_what = f"as {what}"
+    elif said_tone:
+        what = as_what = f"with {tone}"
+    else:
+        what, as_what = who, f"as {who}"
+    return str(rng.choice(_CHANGES)).format(x=what, as_x=as_what)
+
+
+def changed(source: Concept, target: Concept) -> bool:
+    """Whether a change of gender or skin tone leads from one to the other, and to nothing else."""
+    return (
+        (source.gender, source.skin) != (target.gender, target.skin)
+        and source.hair == target.hair
+        and source.direction == target.direction
+    )

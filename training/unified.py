@@ -1,0 +1,237 @@
+"""Stage 2: one Qwen2-VL that reasons and embeds.
+
+    python -m training.unified --data .data/emoji --vision .data/runs/vision/visual.npz
+
+Next-token loss on the ECR and contrastive loss on the end token, from the same pass. Every sequence
+ends twice, after its ECR and right after the prompt, so "no reasoning" is trained as well and the
+comparison between the two is fair. Some ECRs are replaced by those of look-alikes: at serving time
+the reasoner errs, and an embedder that only ever saw true ECRs would follow it blindly. The vision
+tower is frozen (method.md, section 3); the paper found joint training to hurt a pretrained 7B
+backbone, here both skills start from nothing and share their seeing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jaxtyping import Array
+
+from training import builtin, images, sampling
+from training.checkpoint import Checkpoints
+from training.data.emoji import load
+from training.pairs import ECR_ROOM, Batch, Mix, PairSource, Sequences
+from training.prefetch import prefetch
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.nn.norms import l2_normalise
+from tte_jax.preprocess.tokenizer import Tokenizer
+from tte_jax.weights import hf
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a run.
+
+    Attributes:
+      vision: `visual.npz` written by `training.vision`.
+      tokenizer: folder written by `training.tokenizer`.
+      steps: optimiser steps; warm-up, then cosine to a hundredth.
+      lm_weight: weight of the next-token loss beside the contrastive one.
+      feature_std: vision features are rescaled to this spread at the start, near the embedding
+        table's, so that the decoder reads both alike.
+    """
+
+    data: Path = Path(".data/emoji")
+    tokenizer: Path = Path(".data/runs/tokenizer")
+    vision: Path = Path(".data/runs/vision/visual.npz")
+    out: Path = Path(".data/runs/unified")
+    mix: Mix = field(default_factory=Mix)
+    steps: int = 800
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 60
+    lm_weight: float = 1.0
+    feature_std: float = 0.1
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+class Trained(nnx.Module):
+    """What the optimiser sees: the decoder and the temperature."""
+
+    def __init__(self, model: MultimodalLM) -> None:
+        self.text = model.text
+        self.log_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
+
+
+def rescaled(model: MultimodalLM, path: Path, std: float, sample: np.ndarray) -> MultimodalLM:
+    """`model` with the trained tower, its output brought to the given standard deviation."""
+    graph, state = nnx.split(model.visual)
+    saved = np.load(path)
+    leaves = [jnp.asarray(saved[str(i)]) for i in range(len(saved.files))]
+    model.visual = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    spread = float(jnp.std(see(model, jnp.asarray(sample, jnp.float32) / 255.0)))
+    for name in ("merge2_gd", "merge2_bias_d"):
+        param = getattr(model.visual, name)
+        param[...] = param[...] * (std / spread)
+    return model
+
+
+def see(model: MultimodalLM, pixels: Array) -> Array:
+    """[M S S 3] in [0, 1] → [M * features, D]."""
+    patches = images.to_patches(pixels)
+    hw = jnp.asarray(images.patch_coordinates(pixels.shape[1]))
+    hw = jnp.broadcast_to(hw, (patches.shape[0], *hw.shape))
+    return model.encode_images(patches, hw, jnp.ones(patches.shape[:2], jnp.int32))
+
+
+def run(model: MultimodalLM, group: Sequences, vis: Array) -> tuple[Array, Array, Array]:
+    """(with ECR [B D], without [B D], next-token loss summed, with weights) of one group."""
+    length = group.ids.shape[1]
+    columns = jnp.arange(length)
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    alone = (columns < group.prompt[:, None]) | (columns == length - 1)
+    mask = jnp.where((columns == length - 1)[None, :, None], alone[:, None, :], mask)
+    hidden, _ = model.forward(
+        group.ids,
+        valid=jnp.ones(group.ids.shape, bool),
+        positions=group.positions,
+        vis=vis,
+        vis_idx=group.vis_idx,
+        mask=mask,
+    )
+    rows = jnp.arange(len(group.ids))
+    asked = group.prompt[:, None] - 1 + jnp.arange(ECR_ROOM)
+    logits = model.logits(jnp.take_along_axis(hidden, asked[..., None], axis=1))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, group.targets)
+    with_ecr = l2_normalise(hidden[rows, group.end])
+    return with_ecr, l2_normalise(hidden[:, -1]), jnp.sum(nll * group.weights)
+
+
+def contrast(queries: Array, documents: Array, scale: Array, concepts: Array) -> Array:
+    """Symmetric InfoNCE in float32; other rows of the same concept do not count as negatives."""
+    logits = scale * jnp.matmul(queries, documents.T, preferred_element_type=jnp.float32)
+    same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
+    logits = jnp.where(same, -1e9, logits)
+    labels = jnp.arange(len(concepts))
+    forward = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    backward = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
+    return 0.5 * (forward + backward).mean()
+
+
+jax.tree_util.register_dataclass(Sequences)
+jax.tree_util.register_dataclass(Batch)
+
+
+def main(config: Config) -> None:
+    # --- data -------------------------------------------------------------------------------
+    data = load(config.data)
+    tokenizer = Tokenizer.from_dir(config.tokenizer)
+    source = PairSource(data, tokenizer, builtin.IMAGES, seed=config.seed)
+    rules = sampling.colour_rules(data)
+    gentle, may_flip = jnp.asarray(rules.gentle), jnp.asarray(rules.may_flip)
+
+    # --- model and optimiser ------------------------------------------------------------------
+    model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
+    sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
+    model = rescaled(model, config.vision, config.feature_std, sample)
+    trained = Trained(model)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, config.warmup, config.steps, config.lr / 100
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule,
+            b2=0.98,
+            weight_decay=config.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda x: x.size > 4096, tree),
+        ),
+    )
+    opt_state = tx.init(trained)
+
+    # --- step -------------------------------------------------------------------------------
+    def loss_of(trained: Trained, visual: nnx.Module, key: Array, batch: Batch):
+        pixels = images.augment(
+            key,
+            batch.pictures,
+            gentle=gentle[batch.picture_concepts],
+            may_flip=may_flip[batch.picture_concepts],
+            size=builtin.SIDE,
+        )
+        whole = nnx.merge(*nnx.split(model))
+        whole.text, whole.visual = trained.text, visual
+        vis = jax.lax.stop_gradient(see(whole, pixels))
+        d_with, d_none, lm = run(whole, batch.documents, vis)
+        weights = batch.documents.weights.sum()
+        q_with, q_none = [], []
+        for group in (batch.text, batch.image, batch.composed):
+            a, b, more = run(whole, group, vis)
+            q_with.append(a)
+            q_none.append(b)
+            lm, weights = lm + more, weights + group.weights.sum()
+        scale = jnp.exp(jnp.minimum(trained.log_scale[...], np.log(100.0)))
+        qw, qn = jnp.concatenate(q_with), jnp.concatenate(q_none)
+        concepts = batch.concepts
+        losses = {
+            "with": contrast(qw, d_with, scale, concepts),
+            "none": contrast(qn, d_none, scale, concepts),
+            "mixed": contrast(qn, d_with, scale, concepts),
+            "lm": lm / weights,
+        }
+        total = losses["with"] + losses["none"] + 0.5 * losses["mixed"]
+        total += config.lm_weight * losses["lm"]
+        hit = (jnp.matmul(qn, d_none.T).argmax(1) == jnp.arange(len(qn))).mean()
+        return total, {**losses, "hit_none": hit, "scale": scale}
+
+    @jax.jit(donate_argnums=(0, 1))
+    def train_step(trained, opt_state, visual, step, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trained, visual, key, batch)
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, metrics
+
+    # --- restore ----------------------------------------------------------------------------
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
+    checkpoints = Checkpoints(config.out / "checkpoints")
+    step = checkpoints.latest() or 0
+    if step:
+        trained, opt_state = jax.jit(lambda t: t)(checkpoints.restore(step, (trained, opt_state)))
+        print(f"resumed at step {step}")
+
+    # --- loop -------------------------------------------------------------------------------
+    visual = model.visual
+    log = (config.out / "metrics.jsonl").open("a")
+    batches = prefetch(source.batches(step, config.mix))
+    since, timed = time.time(), step
+    while step < config.steps:
+        trained, opt_state, metrics = train_step(trained, opt_state, visual, step, next(batches))
+        step += 1
+        if step % 20 == 0 or step == config.steps:
+            row = {k: round(float(v), 4) for k, v in metrics.items()}
+            seconds = (time.time() - since) / (step - timed)
+            row |= {"step": step, "s_per_step": round(seconds, 2)}
+            if not np.isfinite(sum(row.values())):
+                raise RuntimeError(f"the loss is not finite at step {step}: {row}")
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(row, flush=True)
+            since, timed = time.time(), step
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            checkpoints.save(step, (trained, opt_state))
+            model.text = trained.text
+            hf.export(model, config.out / "export")
+    checkpoints.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
