@@ -100,7 +100,7 @@ async def create(settings: Settings) -> Service:
     reranker = RemoteReranker(settings.address_of("reranker"))
     backends = {"reasoner": reasoner, "embedder": embedder, "index": index, "reranker": reranker}
     servicer = RetrievalServicer(Cascade(reasoner, embedder, index, reranker))
-    watch = BackendWatch(backends)
+    watch = BackendWatch(backends, poll_s=POLL_S)
 
     async def close() -> None:
         await asyncio.gather(*(backend.close() for backend in backends.values()))
@@ -126,7 +126,7 @@ class Backend(Protocol):
 class BackendWatch:
     """Asks the stage services for their health, and the gateway's follows from it."""
 
-    def __init__(self, backends: Mapping[str, Backend], *, poll_s: float = POLL_S) -> None:
+    def __init__(self, backends: Mapping[str, Backend], *, poll_s: float) -> None:
         self._backends = backends
         self._poll_s = poll_s
         self.up = dict.fromkeys(backends, False)
