@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from servers import gateway, runtime
+from servers import gateway, index, runtime
 from servers.gateway import BackendWatch
 from servers.settings import Settings
 from tests.cascade.fakes import ecr, run
@@ -35,6 +35,7 @@ from tte_jax.errors import (
 from tte_jax.filters import Range
 
 STORED, SKIPPED, FAILED = ItemState.STORED, ItemState.SKIPPED, ItemState.FAILED
+STAGES = ("reasoner", "embedder", "index", "reranker")
 # By cosine with the ECR's answer `aab`: aab 1, ab .949, abb .8, bbbb .447, cc 0.
 BY_COSINE = ["aab", "ab", "abb", "bbbb", "cc"]
 
@@ -51,8 +52,8 @@ async def gateway_over(fakes: Fakes, **settings):
 async def gateway_at(address, **settings):
     stop = asyncio.Event()
     port = asyncio.get_running_loop().create_future()
-    addresses = {f"{name}_address": address for name in ("reasoner", "embedder", "reranker")}
-    values = {"service": "gateway", "port": 0, "index_address": address, **addresses, **settings}
+    addresses = {f"{name}_address": address for name in STAGES}
+    values = {"service": "gateway", "port": 0, **addresses, **settings}
     task = asyncio.create_task(
         runtime.serve(Settings(**values), gateway.create, stop=stop, ready=port.set_result)
     )
@@ -156,7 +157,7 @@ async def test_a_slow_stage_costs_no_results_before_the_deadline():
     fakes = corpus()
     fakes.reranker.delay = 600
     async with gateway_over(fakes) as address, AsyncClient(address) as client:
-        updates = await collect(client.search(SearchQuery(Content.of("ask"), deadline_s=1.5)))
+        updates = await collect(client.search(SearchQuery(Content.of("ask"), deadline_s=3)))
     assert [u.final for u in updates] == [False, True]
     assert ids(updates[-1]) == BY_COSINE
     assert [(d.stage, d.reason) for d in updates[-1].degraded] == [("rerank", "DEADLINE_EXCEEDED")]
@@ -272,6 +273,43 @@ async def test_sending_everything_again_resumes_over_grpc():
     assert outcome(changed) == {0: ("a", STORED)}
     assert fakes.index.entries["a"].document.metadata == {"n": 2}
     assert outcome(redone) == {0: ("b", STORED)}
+
+
+async def test_the_real_index_stores_resumes_and_finds(tmp_path):
+    fakes = Fakes()
+    document = Document("cat", Content.of("cat", b"png"), {"color": "red", "n": 1, "real": True})
+
+    async def session(work):
+        stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
+        settings = Settings(service="index", port=0, data_dir=tmp_path)
+        task = asyncio.create_task(
+            runtime.serve(settings, index.create, stop=stop, ready=port.set_result)
+        )
+        try:
+            address = f"127.0.0.1:{await asyncio.wait_for(port, 30)}"
+            async with gateway_over(fakes, index_address=address) as served:
+                async with AsyncClient(served) as client:
+                    return await work(client)
+        finally:
+            stop.set()
+            await task
+
+    async def store(client):
+        return await collect(client.ingest(stream([document, *docs("dog")])))
+
+    async def change_and_search(client):
+        again = await collect(client.ingest(stream([document, *docs("dog", n=2)])))
+        query = SearchQuery(Content.of("cat"), filter=Range("n", below=2), deadline_s=20)
+        return again, await client.search_final(query), await client.get_document("cat")
+
+    first = await session(store)
+    assert outcome(first) == {0: ("cat", STORED), 1: ("dog", STORED)}
+    again, found, stored = await session(change_and_search)
+    assert outcome(again) == {0: ("cat", SKIPPED), 1: ("dog", STORED)}
+    assert ids(found) == ["cat"]
+    assert found.degraded == ()
+    assert found.results[0].rerank == 1.0  # the query's words are the document's
+    assert (stored.content, stored.metadata) == (document.content, document.metadata)
 
 
 async def test_a_bad_document_fails_alone_with_its_field():
