@@ -3,10 +3,14 @@ configuration, tokenizer, image processor, weights and `tte.json`."""
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,16 @@ from flax import nnx
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tte_jax.embedder import Embedder
+from tte_jax.engine.executables import enable_compile_cache
+from tte_jax.engine.role import Role
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
+from tte_jax.reasoner import Reasoner
+from tte_jax.reranker import Reranker
 from tte_jax.weights import hf
+
+R = TypeVar("R", bound=Role)
 
 CONTROLS = [
     "<|endoftext|>",
@@ -36,9 +47,9 @@ CORPUS = [
 ] * 4
 
 BUCKETS = {
-    "images": [[1, 16], [4, 16]],
-    "prefill": [[1, 32], [4, 32], [2, 64]],
-    "embed": [[1, 64], [4, 32], [4, 64]],
+    "images": [[4, 16]],
+    "prefill": [[4, 32], [2, 64]],
+    "embed": [[4, 32], [2, 64]],
     "prefix": [48],
     "score": [[4, 32], [2, 64]],
     "decode": [2, 4],
@@ -110,7 +121,7 @@ def write_model(
                 "depth": 1,
                 "embed_dim": 32,
                 "num_heads": 2,
-                "mlp_ratio": 2.0,
+                "mlp_ratio": 2,
                 "in_channels": 3,
                 "patch_size": 14,
                 "temporal_patch_size": 2,
@@ -145,3 +156,49 @@ def png(seed: int, width: int = 56, height: int = 56) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
+
+
+@cache
+def root() -> Path:
+    """A directory of this test session, gone at its end; also the home of the compile cache."""
+    path = Path(tempfile.mkdtemp(prefix="tte-tiny-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    # Every fixture that opens the same tiny model compiles the same programs.
+    enable_compile_cache(path / "compile-cache")
+    return path
+
+
+@cache
+def vl_dir() -> Path:
+    """A Qwen2-VL that reasons and embeds."""
+    return write_model(root() / "vl", family="qwen2_vl", roles=["reasoner", "embedder"])
+
+
+@cache
+def text_dir() -> Path:
+    """A Qwen3 that reranks."""
+    return write_model(root() / "text", family="qwen3", roles=["reranker"], seed=1)
+
+
+@cache
+def reasoner() -> Reasoner:
+    """One warm reasoner for the whole session; tests leave it idle."""
+    return _warm(Reasoner.from_pretrained(vl_dir()))
+
+
+@cache
+def embedder() -> Embedder:
+    """One warm embedder for the whole session."""
+    return _warm(Embedder.from_pretrained(vl_dir()))
+
+
+@cache
+def reranker() -> Reranker:
+    """One warm reranker for the whole session."""
+    return _warm(Reranker.from_pretrained(text_dir()))
+
+
+def _warm(role: R) -> R:
+    role.warmup()
+    atexit.register(role.close)
+    return role

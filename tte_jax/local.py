@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -60,7 +60,7 @@ class LocalReasoner:
         timeout_s: float | None = None,
         sampling: Sampling = GREEDY,
         deltas: bool = True,
-    ) -> AsyncIterator[Delta | Finished]:
+    ) -> AsyncGenerator[Delta | Finished]:
         """Deltas of all items as they come, and each item's `Finished`.
 
         Closing the iterator (or cancelling its task) frees the slots.

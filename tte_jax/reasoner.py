@@ -167,8 +167,13 @@ class Reasoner(Role):
             items,
         )
         futures = self.submit(jobs, wait=True, on_delta=events.put)
+
+        def done(future: Future[Finished]) -> None:
+            if not future.cancelled():
+                events.put(future.exception() or future.result())
+
         for future in futures:
-            future.add_done_callback(lambda f: events.put(f.exception() or f.result()))
+            future.add_done_callback(done)
         try:
             left = len(futures)
             while left:

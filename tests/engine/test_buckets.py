@@ -54,9 +54,10 @@ def test_too_long_input_is_refused_before_anything_is_planned():
 
 
 def test_ladder_from_tte_json():
-    ladder = MINI.replace({"prefill": [[2, 32]], "slots": 4, "new_tokens": 16, "prefix": [32]})
+    changes = {"prefill": [[2, 32]], "decode": [1, 4], "new_tokens": 16, "prefix": [32]}
+    ladder = MINI.replace(changes)
     assert ladder.prefill == ((2, 32),)
-    assert ladder.cache_length == 48
+    assert (ladder.cache_length, ladder.slots) == (48, 4)
     assert ladder.embed == MINI.embed
     assert longest(ladder.prefill) == 32
     assert longest(()) == 0
@@ -69,8 +70,8 @@ def test_ladder_from_tte_json():
         {"prefill": [[0, 64]]},
         {"prefill": [64]},
         {"prefill": 64},
-        {"slots": "many"},
-        {"slots": True},
+        {"new_tokens": "many"},
+        {"decode": [True]},
     ],
 )
 def test_a_malformed_ladder_is_refused(changes):

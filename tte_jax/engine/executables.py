@@ -40,12 +40,12 @@ class _CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_duration(self, event: str, _seconds: float, **_: object) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             with self._lock:
                 self.count += 1
 
-    def _on_event(self, event: str, **_: object) -> None:
+    def _on_event(self, event: str, **_: Any) -> None:
         if event == "/jax/compilation_cache/cache_hits":
             with self._lock:
                 self.cache_hits += 1

@@ -170,7 +170,7 @@ def prefill(
     hidden, (k, v) = model.forward(
         ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
     )
-    token, control = _advance(control, model.logits(_last(hidden, n)), stops)
+    token, control = advance(control, model.logits(_last(hidden, n)), stops)
     tokens = ids.shape[1]
     state = DecodeState(
         k=state.k.at[:, slots, :tokens].set(k.astype(state.k.dtype), mode="drop"),
@@ -225,7 +225,7 @@ def decode(
             positions=jnp.broadcast_to(s.next_pos[:, None, None], (slots, 3, 1)),
             prefix=KVCache(k=s.k, v=s.v, length=s.length),
         )
-        token, after = _advance(c, model.logits(hidden[:, 0]), stops)
+        token, after = advance(c, model.logits(hidden[:, 0]), stops)
         # A done slot keeps its length, so what is written for it lies beyond its end.
         grown = jnp.where(c.done, 0, 1)
         s = DecodeState(
@@ -305,7 +305,7 @@ def _put_rows(state: DecodeState, part: DecodeState) -> DecodeState:
     )
 
 
-def _advance(c: Control, logits: Float[Array, "B V"], stops: Stops) -> tuple[Array, Control]:
+def advance(c: Control, logits: Float[Array, "B V"], stops: Stops) -> tuple[Array, Control]:
     """The next token of each slot and the control values after it; done slots stay as they are.
 
         generated   0 .. close_at-1     thinking: the model's own tokens

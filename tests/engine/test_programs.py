@@ -1,0 +1,258 @@
+"""The device programs against the plain forward pass of the same model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny_models
+from tte_jax.engine import programs
+from tte_jax.engine.programs import NO_TOKEN, Control, Stops
+from tte_jax.weights import hf
+
+STOPS = Stops(stop=(2,), close_tag=(7, 8), forced_close=(7, 8, 9))
+PLAIN = Stops(stop=(511,), close_tag=(510,), forced_close=(510,))
+SLOTS, LENGTH = 3, 24
+
+
+@pytest.fixture(scope="module")
+def vl():
+    return hf.load(tiny_models.vl_dir())
+
+
+@pytest.fixture(scope="module")
+def text():
+    return hf.load(tiny_models.text_dir())
+
+
+def control(rows: int, **values) -> Control:
+    fields = dict(
+        last_token=np.zeros(rows, np.int32),
+        generated=np.zeros(rows, np.int32),
+        limit=np.full(rows, 100, np.int32),
+        close_at=np.full(rows, 1000, np.int32),
+        forced=np.full(rows, -1, np.int32),
+        matched=np.zeros(rows, np.int32),
+        closed=np.zeros(rows, bool),
+        done=np.zeros(rows, bool),
+        failed=np.zeros(rows, bool),
+        temperature=np.zeros(rows, np.float32),
+        top_p=np.ones(rows, np.float32),
+        seed=np.zeros(rows, np.uint32),
+    )
+    return Control(**(fields | values))
+
+
+def rows_of(lengths: list[int], tokens: int, *, seed: int = 0):
+    """Random right-padded prompts with text positions."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(10, 400, (len(lengths), tokens)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (len(lengths), 3, tokens)).copy()
+    return ids, positions, np.array(lengths, np.int32)
+
+
+@jax.jit
+def whole_forward(model, ids, n):
+    """Keys, values and logits of one whole sequence [1, LENGTH], n tokens of it real."""
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (1, 3, LENGTH))
+    hidden, kv = model.forward(ids, valid=jnp.arange(LENGTH)[None] < n, positions=positions)
+    return kv, model.logits(hidden)[0]
+
+
+def forward(model, ids):
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(ids)] = ids
+    return whole_forward(model, padded, len(ids))
+
+
+def decode_run(model, state, steps_left: int):
+    """Prefill of two prompts into slots 2 and 0, then decoding; tokens per prompt."""
+    ids, positions, n = rows_of([5, 8], 8)
+    prefill = jax.jit(partial(programs.prefill, stops=PLAIN))
+    state, first, _, _ = prefill(
+        model, state, ids, positions, n, None, None, np.int32([2, 0]), n, control(2)
+    )
+    decode = jax.jit(partial(programs.decode, slots=SLOTS, steps=steps_left, stops=PLAIN))
+    alive, closed = np.array([True, False, True]), np.zeros(SLOTS, bool)
+    state, tokens, *_ = decode(model, state, alive, closed)
+    tokens = np.asarray(tokens)
+    assert (tokens[:, 1] == NO_TOKEN).all()
+    made = [
+        [int(first[0]), *tokens[:, 2].tolist()],
+        [int(first[1]), *tokens[:, 0].tolist()],
+    ]
+    return ids, n, made, state
+
+
+def test_decoding_equals_one_forward_pass_over_prompt_and_answer(text):
+    """Same tokens, and the same keys and values in every layer at every position."""
+    state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    ids, n, made, state = decode_run(text, state, 7)
+    for row, slot in enumerate((2, 0)):
+        whole = np.concatenate([ids[row, : n[row]], made[row]])
+        count = len(whole)
+        (k, v), logits = forward(text, whole)
+        start = int(n[row]) - 1
+        assert made[row] == np.asarray(logits)[start : count - 1].argmax(-1).tolist()
+        filled = int(state.length[slot])
+        assert filled == count - 1  # the newest token is not in the cache yet
+        np.testing.assert_allclose(state.k[:, slot, :filled], k[:, 0, :filled], atol=1e-4)
+        np.testing.assert_allclose(state.v[:, slot, :filled], v[:, 0, :filled], atol=1e-4)
+
+
+def test_what_an_earlier_sequence_left_in_a_slot_changes_nothing(text):
+    clean = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    rng = np.random.default_rng(1)
+    noise = jnp.asarray(rng.normal(0, 50, clean.k.shape), clean.k.dtype)
+    dirty = replace(clean, k=noise, v=-noise, length=jnp.full((SLOTS,), 9, jnp.int32))
+    assert decode_run(text, clean, 7)[2] == decode_run(text, dirty, 7)[2]
+
+
+def test_few_slots_decode_as_all_do(text):
+    ids, positions, n = rows_of([5, 8], 8)
+    tokens = {}
+    for slots in (2, SLOTS):
+        state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+        state, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
+            text, state, ids, positions, n, None, None, np.int32([0, 1]), n, control(2)
+        )
+        decode = jax.jit(partial(programs.decode, slots=slots, steps=4, stops=PLAIN))
+        alive, closed = np.ones(SLOTS, bool), np.zeros(SLOTS, bool)
+        # Twice, so that what the first call put back is what the second one reads.
+        state, one, *_ = decode(text, state, alive, closed)
+        state, two, *_ = decode(text, state, alive, closed)
+        tokens[slots] = np.concatenate([one, two])[:, :2].tolist()
+    assert tokens[2] == tokens[SLOTS]
+
+
+def test_a_padding_row_of_a_prefill_is_written_nowhere(text):
+    state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    ids, positions, n = rows_of([5, 0], 8)
+    after, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
+        text, state, ids, positions, n, None, None, np.int32([1, SLOTS]), n, control(2)
+    )
+    assert np.asarray(after.length).tolist() == [0, 5, 0]
+    assert not np.asarray(after.k[:, [0, 2]]).any()
+
+
+def test_score_with_a_shared_prefix_equals_whole_sequences(text):
+    prefix_ids, prefix_positions, prefix_n = rows_of([6], 8, seed=3)
+    ids, positions, n = rows_of([4, 7, 2], 8, seed=4)
+    before = jax.jit(programs.prefix)(text, prefix_ids, prefix_positions, prefix_n)
+    scores = jax.jit(partial(programs.score, yes_id=20, no_id=21))(
+        text, before, ids, positions + 6, n
+    )
+    for row in range(3):
+        whole = np.concatenate([prefix_ids[0, :6], ids[row, : n[row]]])
+        logits = np.asarray(forward(text, whole)[1])[len(whole) - 1]
+        expected = 1 / (1 + np.exp(logits[21] - logits[20]))
+        assert float(scores[row]) == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(np.asarray(scores)) > 1e-3  # the candidates do differ
+
+
+def test_garbage_in_pads_changes_no_embedding(vl):
+    ids, positions, n = rows_of([5, 3], 8)
+    vis = np.random.default_rng(5).normal(size=(16, 64)).astype(np.float32)
+    vis_idx = np.full((2, 8), -1, np.int32)
+    vis_idx[0, 1:3] = [1, 2]
+    embed = jax.jit(programs.embed)
+    clean = embed(vl, ids, positions, n, vis, vis_idx)
+    padded = np.arange(8)[None] >= n[:, None]
+    dirty_ids = np.where(padded, 499, ids)
+    dirty_positions = np.where(padded[:, None], 77, positions)
+    dirty_idx = np.where(padded, 9, vis_idx)
+    dirty_vis = vis.copy()
+    dirty_vis[9] = 1e6
+    dirty = embed(vl, dirty_ids, dirty_positions, n, dirty_vis, dirty_idx)
+    np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
+    np.testing.assert_allclose(np.linalg.norm(clean, axis=1), 1.0, atol=1e-6)
+    other = embed(vl, ids, positions, n, vis * 2, vis_idx)
+    assert np.abs(np.asarray(other[0] - clean[0])).max() > 1e-3  # images do count
+    np.testing.assert_array_equal(np.asarray(other[1]), np.asarray(clean[1]))
+
+
+advance = jax.jit(partial(programs.advance, stops=STOPS))
+
+
+def says(*wanted: int, vocabulary: int = 16):
+    """Logits of a model that wants to say these tokens, one per row."""
+    return jnp.asarray(np.eye(vocabulary, dtype=np.float32)[list(wanted)])
+
+
+def run_control(c: Control, wants: list[int]) -> tuple[list[int], Control]:
+    """Feeds one slot with a model's wishes; what it says until it is done."""
+    said = []
+    for want in wants:
+        if bool(c.done[0]):
+            break
+        token, c = advance(c, says(want))
+        said.append(int(token[0]))
+    return said, c
+
+
+def test_an_open_think_block_is_closed_by_force_and_the_answer_goes_on():
+    said, c = run_control(control(1, close_at=np.int32([3]), limit=np.int32([8])), [5] * 20)
+    assert said == [5, 5, 5, 7, 8, 9, 5, 5]  # three thoughts, the close, the answer, the limit
+    assert bool(c.closed[0]) and int(c.forced[0]) == 3
+
+
+def test_a_think_block_that_the_model_closed_is_left_alone():
+    wants = [5, 7, 8, 5, 5, 5, 5, 2, 5]
+    said, c = run_control(control(1, close_at=np.int32([4]), limit=np.int32([20])), wants)
+    assert said == [5, 7, 8, 5, 5, 5, 5, 2]  # until its own stop token
+    assert int(c.forced[0]) == -1
+
+
+def test_half_a_close_tag_is_not_a_close():
+    said, _ = run_control(
+        control(1, close_at=np.int32([4]), limit=np.int32([9])), [7, 5, 7, 7, 5, 5, 5, 5, 5]
+    )
+    assert said == [7, 5, 7, 7, 7, 8, 9, 5, 5]
+
+
+def test_the_host_may_see_the_close_in_the_text():
+    said, c = run_control(
+        control(1, close_at=np.int32([2]), limit=np.int32([5]), closed=np.array([True])), [5] * 9
+    )
+    assert said == [5] * 5
+    assert int(c.forced[0]) == -1
+
+
+def test_a_stop_token_of_the_model_does_not_cut_the_forced_close():
+    said, c = run_control(control(1, close_at=np.int32([0]), limit=np.int32([9])), [2] * 9)
+    assert said == [7, 8, 9, 2]
+    assert bool(c.done[0])
+
+
+def test_logits_that_are_not_numbers_end_the_slot_and_no_other():
+    logits = says(5, 5).at[0, 3].set(jnp.nan)
+    _, c = advance(control(2), logits)
+    assert np.asarray(c.failed).tolist() == [True, False]
+    assert np.asarray(c.done).tolist() == [True, False]
+
+
+def test_draws_follow_the_probabilities_within_the_nucleus():
+    """p = .5, .3, .2: a nucleus of .75 keeps the first two, of .5 only the first."""
+    rows = 4000
+    logits = jnp.tile(jnp.log(jnp.asarray([[0.5, 0.3, 0.2] + [1e-30] * 13])), (rows, 1))
+    seeds = np.arange(rows, dtype=np.uint32)
+
+    def shares(temperature: float, top_p: float):
+        c = control(
+            rows,
+            temperature=np.full(rows, temperature, np.float32),
+            top_p=np.full(rows, top_p, np.float32),
+            seed=seeds,
+        )
+        token, _ = advance(c, logits)
+        return np.bincount(np.asarray(token), minlength=3)[:3] / rows
+
+    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.2], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, 0.75), [0.625, 0.375, 0.0], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, 0.5), [1.0, 0.0, 0.0])
+    np.testing.assert_allclose(shares(0.0, 1.0), [1.0, 0.0, 0.0])
