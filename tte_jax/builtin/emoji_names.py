@@ -143,7 +143,7 @@ def attributes(hexcode: str) -> Attributes | None:
     skin = NONE if not tones else tones[0] if len(set(tones)) == 1 else "+".join(tones)
     hair = next((HAIR[p] for p in points if p in HAIR and len(points) > 1), NONE)
     bare = tuple(p for p in points if p not in SKIN_TONES) or points
-    if bare[0] == 0x1F471:
+    if bare[:1] == (0x1F471,):
         hair = "blond"
     gender = _gender(bare)
     residue = _residue(bare)

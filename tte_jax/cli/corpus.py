@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tte_jax import limits
 from tte_jax.builtin import openmoji
 from tte_jax.cascade.messages import IngestOptions, ItemState
 from tte_jax.cli.connection import Client
@@ -34,6 +35,14 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What the index holds before the ingest: how many documents, made by which embedder."""
+
+    documents: int
+    embedder_version: str
+
+
+@dataclass(frozen=True)
 class Ingested:
     """How the corpus came to be there.
 
@@ -50,31 +59,45 @@ class Ingested:
     seconds: float
 
 
+def check() -> None:
+    """Raises PreconditionError when a package that the corpus is made from is missing."""
+    next(openmoji.documents())
+
+
 def ensure(
-    client: Client, *, data_dir: Path, models: dict[str, str], stored_now: int, out: Output
+    client: Client, *, data_dir: Path, models: dict[str, str], stored: Stored, out: Output
 ) -> Ingested:
     """Makes sure that the whole built-in corpus is in the index.
+
+    Vectors of another embedder cannot be compared with queries, so the built-in documents (and no
+    others) are deleted first when the embedder has changed.
 
     Args:
       client: the gateway.
       data_dir: where the note of a finished ingest lies, beside the corpus that it speaks of.
       models: versions of the running reasoner and embedder.
-      stored_now: how many documents the index holds.
+      stored: what the index holds.
 
-    Raises DataLossError when documents of the built-in corpus could not be stored, and what the
+    Raises DataLossError when documents of the built-in corpus could not be stored,
+    PreconditionError when the user's own documents were made by another embedder, and what the
     gateway raises when a stage stays away; what was acknowledged until then is kept.
     """
     entries = openmoji.entries()
     made = Made(openmoji=openmoji.version(), documents=len(entries), models=models)
     marker = data_dir / _MARKER
-    if _read(marker) == made and stored_now >= len(entries):
+    if _read(marker) == made and stored.documents >= len(entries):
         return Ingested(len(entries), cached=True, stored=0, seconds=0.0)
     started = time.monotonic()
-    stored = 0
+    if stored.documents and stored.embedder_version != models["embedder"]:
+        out.note(f"The corpus was made by {stored.embedder_version}; it is made again.")
+        ids = [entry.id for entry in entries]
+        for start in range(0, len(ids), limits.MAX_DELETE_IDS):
+            client.delete_documents(ids[start : start + limits.MAX_DELETE_IDS])
+    new = 0
     failed: list[str] = []
     with bar(f"Ingesting {len(entries):,} pictures", len(entries), out) as advance:
         for update in client.ingest(openmoji.documents(), IngestOptions()):
-            stored = update.stored
+            new = update.stored
             advance(update.stored + update.skipped + update.failed)
             for result in update.results:
                 if result.state is ItemState.FAILED:
@@ -87,7 +110,7 @@ def ensure(
             reason="INGEST_INCOMPLETE",
         )
     _write(marker, made)
-    return Ingested(len(entries), cached=False, stored=stored, seconds=time.monotonic() - started)
+    return Ingested(len(entries), cached=False, stored=new, seconds=time.monotonic() - started)
 
 
 def _read(marker: Path) -> Made | None:

@@ -34,6 +34,7 @@ def demo(
         Path,
         typer.Option(help="Corpus, caches and logs; kept, so that the next demo starts faster."),
     ] = Path(".tte/demo"),
+    models: options.Models = None,
     start_timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that the services get to start.")
     ] = 600.0,
@@ -46,21 +47,15 @@ def demo(
     """
     out = Output(json=json)
     began = time.monotonic()
-    flags = ["--port=0"]
-    with launch.services(data_dir.absolute(), wait_s=start_timeout, out=out, flags=flags) as s:
+    corpus.check()
+    folder = data_dir.absolute()
+    flags = ["--port=0", *launch.model_flags(models)]
+    with launch.services(folder, wait_s=start_timeout, out=out, flags=flags) as s:
         ready_s = time.monotonic() - began
         out.show(f"Services ready after {ready_s:.1f} s (gateway {s.address('gateway')}).")
         with connect(s.address("gateway")) as client:
             versions = launch.model_versions(s)
-            made = corpus.ensure(
-                client,
-                data_dir=data_dir.absolute(),
-                models={k: versions[k] for k in ("reasoner", "embedder")},
-                stored_now=launch.stored_documents(s),
-                out=out,
-            )
-            how = "cached" if made.cached else f"{made.stored:,} stored in {made.seconds:.0f} s"
-            out.show(f"Corpus: {made.documents:,} OpenMoji pictures ({how}).")
+            made = launch.ensure_corpus(s, client, folder, out)
             answers = [_ask(client, query, timeout, out) for query in QUERIES]
             rows = sheet_rows(answers, lambda id: _picture(client, id), shown=SHOWN)
     report = as_json(

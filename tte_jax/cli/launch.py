@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tte_jax import system_state
-from tte_jax.cli import inspection
+from tte_jax.builtin import models
+from tte_jax.cli import corpus, inspection
 from tte_jax.cli.output import Output
+from tte_jax.client import Client
 from tte_jax.errors import InvalidInputError, PreconditionError, UnavailableError
 
 POLL_S = 0.25
@@ -108,10 +110,55 @@ def model_versions(started: Started) -> dict[str, str]:
     }
 
 
-def stored_documents(started: Started) -> int:
-    """How many documents the index holds."""
+def stored(started: Started) -> corpus.Stored:
+    """What the index holds."""
     (seen,) = inspection.look({"index": started.address("index")}, timeout_s=10.0)
-    return int(seen.about.get("documents", 0))
+    return corpus.Stored(
+        int(seen.about.get("documents", 0)), str(seen.about.get("embedder_version", ""))
+    )
+
+
+def ensure_corpus(started: Started, client: Client, data_dir: Path, out: Output) -> corpus.Ingested:
+    """The built-in corpus in the system's index, see `corpus.ensure`; says what it took."""
+    versions = model_versions(started)
+    made = corpus.ensure(
+        client,
+        data_dir=data_dir,
+        models={role: versions.get(role, "") for role in ("reasoner", "embedder")},
+        stored=stored(started),
+        out=out,
+    )
+    how = "from the last time" if made.cached else f"{made.stored:,} new in {made.seconds:.0f} s"
+    out.show(f"Corpus: {made.documents:,} OpenMoji pictures, {how}.")
+    return made
+
+
+def model_flags(given: Sequence[str] | None) -> list[str]:
+    """`--models` values as flags of the services; the built-in models where none is given.
+
+    Raises NotFoundError for a model that is not there, InvalidInputError for an unknown role.
+    """
+    builtin = {
+        "reasoner": models.REASONER,
+        "embedder": models.EMBEDDER,
+        "reranker": models.RERANKER,
+    }
+    # The services' own variables count too, so that they are checked here as well.
+    chosen = {
+        role: os.environ.get(f"TTE_{role.upper()}_MODEL") or builtin[role] for role in builtin
+    }
+    for value in given or ():
+        role, separator, directory = value.partition("=")
+        if not separator or Path(value).is_dir():
+            chosen["reasoner"] = chosen["embedder"] = str(models.resolve(value))
+        elif role in chosen:
+            chosen[role] = str(models.resolve(directory))
+        else:
+            raise InvalidInputError(
+                f"--models {value!r}: {role!r} is not one of {', '.join(chosen)}.",
+                field="--models",
+            )
+    return [f"--{role}-model={models.resolve(m).absolute()}" for role, m in chosen.items()]
 
 
 def _wait(

@@ -76,3 +76,12 @@ BudgetText = Annotated[
         show_default=False,
     ),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--models",
+        help="role=DIR with the roles reasoner, embedder, reranker, or one DIR for reasoner and "
+        "embedder; a DIR is a Hugging Face model directory. Default: the built-in models.",
+        show_default=False,
+    ),
+]
