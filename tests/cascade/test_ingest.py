@@ -227,6 +227,7 @@ def test_metadata_that_the_index_refuses_fails_alone():
     system.index.upsert = picky
     updates = system.ingest([*docs("a"), *docs("x", bad=1), *docs("b")])
     assert outcome(updates) == {0: ("a", STORED), 1: ("x", FAILED), 2: ("b", STORED)}
+    assert errors(updates)["x"].field == "document.metadata"
 
 
 def test_documents_that_are_none_fail_without_a_model():

@@ -332,12 +332,15 @@ def test_a_query_vector_that_is_no_number_is_an_internal_error():
 def test_an_unreadable_image_is_the_querys_fault_with_its_field():
     system = System()
     system.reasoner.broken = InvalidInputError(
-        "not an image", field="inputs[0].content.parts[1].image.data", reason="UNREADABLE_IMAGE"
+        "inputs[0].content.parts[1].image.data is not an image",
+        field="inputs[0].content.parts[1].image.data",
+        reason="UNREADABLE_IMAGE",
     )
     with pytest.raises(InvalidInputError) as caught:
         system.search()
     assert caught.value.field == "query.parts[1].image.data"
     assert caught.value.reason == "UNREADABLE_IMAGE"
+    assert caught.value.message == "query.parts[1].image.data is not an image"
     assert system.embedder.calls == 0
 
 
@@ -504,3 +507,20 @@ def test_concurrent_searches_do_not_mix():
 
     x, y, ask = run(main())
     assert [ids(updates[0])[0] for updates in (x, y, ask)] == ["cc", "bbbb", "aab"]
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("inputs[0].content", "query"),
+        ("inputs[0].instruction", "instruction"),
+        ("vector", "vector"),
+        ("", ""),
+    ],
+)
+def test_fields_of_the_stages_are_fields_of_the_query(field, expected):
+    system = System()
+    system.embedder.broken = InvalidInputError("too long", field=field)
+    with pytest.raises(InvalidInputError) as caught:
+        system.search()
+    assert caught.value.field == expected

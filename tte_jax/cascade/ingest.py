@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from tte_jax.cascade.batches import Work, batches
-from tte_jax.cascade.calls import bounded, now
+from tte_jax.cascade.calls import bounded, now, relocated
 from tte_jax.cascade.messages import (
     IngestInput,
     IngestOptions,
@@ -54,6 +54,13 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 # Errors that may be one document's fault: its batch is halved until the document stands alone.
 _ITEM_ERRORS = (InvalidInputError, UnsupportedError, InternalError)
+# Where what a stage is given stands in an ingest request.
+_PLACES = {
+    "content": "document.content",
+    "metadata": "document.metadata",
+    "id": "document.id",
+    "instruction": "options.instruction",
+}
 # Errors that pass.
 _PASSING_ERRORS = (UnavailableError, OverloadedError, DeadlineExceededError)
 
@@ -291,7 +298,9 @@ class Ingest:
         except _ITEM_ERRORS as error:
             if len(works) == 1:
                 self._landed(works)
-                await self.settled.put([_failed(works[0], _about_document(error))])
+                if isinstance(error, InvalidInputError):
+                    error = relocated(error, _PLACES)
+                await self.settled.put([_failed(works[0], error)])
                 return []
         half = len(works) // 2
         first = await self._isolated(works[:half], call)
@@ -349,15 +358,3 @@ class Ingest:
 
 def _failed(work: Work, error: TteError) -> ItemResult:
     return ItemResult(work.position, work.id, ItemState.FAILED, error)
-
-
-def _about_document(error: TteError) -> TteError:
-    """A stage's complaint with its field path turned into one of the document."""
-    at = error.field.find("parts[") if isinstance(error, InvalidInputError) else -1
-    if at < 0 or not isinstance(error, InvalidInputError):
-        return error
-    moved = InvalidInputError(
-        error.message, field="document.content." + error.field[at:], reason=error.reason
-    )
-    moved.metadata = error.metadata
-    return moved

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from tte_jax.cascade.calls import bounded, now
+from tte_jax.cascade.calls import bounded, now, relocated
 from tte_jax.cascade.messages import (
     Degraded,
     SearchQuery,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+# Where what a stage is given stands in a search request.
+_PLACES = {"content": "query", "instruction": "instruction"}
 _ACTOR = {
     "reason": "The reasoner",
     "fetch": "The index",
@@ -330,7 +332,7 @@ class Search:
                     units = cascade.pace.reason_tokens or self.query.budget.reasoning_tokens
                 cascade.pace = cascade.pace.overran(stage, wall, units)
             if isinstance(error, InvalidInputError):
-                raise _about_query(error) from None
+                raise relocated(error, _PLACES) from None
             raise
         wall = now() - began
         self.usage.append(replace(usage, stage=stage, wall_s=wall))
@@ -376,16 +378,6 @@ class Search:
             usage=tuple(self.usage) if include.timings else (),
             degraded=tuple(self.degraded),
         )
-
-
-def _about_query(error: InvalidInputError) -> InvalidInputError:
-    """The stage's complaint with its field path turned into one of the search request."""
-    at = error.field.find("parts[")
-    if at < 0:
-        return error
-    moved = InvalidInputError(error.message, field="query." + error.field[at:], reason=error.reason)
-    moved.metadata = error.metadata
-    return moved
 
 
 def _candidate(hit: Hit) -> Candidate:
