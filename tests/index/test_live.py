@@ -83,8 +83,18 @@ def test_writes_during_a_rebuild_are_carried_over(monkeypatch):
     live.apply([Removed(301, "d005"), Stored(302, "d006", -vectors[6], {"moved": True})])
     live.apply([Stored(303, "new", vectors[5], {})])
     assert live.search(vectors[5], 1)[0].id == "new"
+    # What a search would find at the moment when the carried-over writes are being replayed.
+    seen: list[str] = []
+    after = live._after
+
+    def watched(view, changes):
+        seen.append(live.search(vectors[5], 1)[0].id)
+        return after(view, changes)
+
+    monkeypatch.setattr(live, "_after", watched)
     go_on.set()
     thread.join(30)
+    assert seen == ["new"]
     assert not live.rebuilding
     assert live.view.generation.number == 2
     assert live.view.generation.searcher is not None

@@ -95,7 +95,7 @@ class LiveIndex:
         # Writes since a running rebuild copied its rows; None when no rebuild runs.
         self._since_copy: list[Change] | None = None
         rows = rows if rows is not None else Rows.empty()
-        self._adopt(Generation(1, rows, None, Columns(rows.metadata)), sequence)
+        self._view = self._first_view(Generation(1, rows, None, Columns(rows.metadata)), sequence)
 
     @property
     def view(self) -> View:
@@ -109,7 +109,7 @@ class LiveIndex:
     def apply(self, changes: Sequence[Change]) -> None:
         """Make a batch of committed writes visible, all at once, to the next search."""
         with self._write_lock:
-            self._apply(changes)
+            self._view = self._after(self._view, changes)
             if self._since_copy is not None:
                 self._since_copy.extend(changes)
 
@@ -204,9 +204,10 @@ class LiveIndex:
             columns = Columns(rows.metadata)
             number = source.generation.number + 1
             with self._write_lock:
-                meanwhile = self._since_copy
-                self._adopt(Generation(number, rows, searcher, columns, recall), source.sequence)
-                self._apply(meanwhile)
+                generation = Generation(number, rows, searcher, columns, recall)
+                view = self._first_view(generation, source.sequence)
+                # One assignment: a search between two would miss the writes carried over.
+                self._view = self._after(view, self._since_copy)
         finally:
             with self._write_lock:
                 self._since_copy = None
@@ -234,12 +235,12 @@ class LiveIndex:
             return None, 1.0
         return searcher, recall
 
-    def _adopt(self, generation: Generation, sequence: int) -> None:
+    def _first_view(self, generation: Generation, sequence: int) -> View:
         rows = generation.rows
         delta = Delta(rows.vectors.shape[1])
         # id → generation row, or ~delta row; only the writer reads it.
         self._where = {id: row for row, id in enumerate(rows.ids)}
-        self._view = View(
+        return View(
             generation=generation,
             alive=np.ones(len(rows), dtype=bool),
             delta=delta,
@@ -249,10 +250,9 @@ class LiveIndex:
             live=len(rows),
         )
 
-    def _apply(self, changes: Sequence[Change]) -> None:
+    def _after(self, view: View, changes: Sequence[Change]) -> View:
         if not changes:
-            return
-        view = self._view
+            return view
         delta = view.delta
         alive = view.alive.copy()
         delta_alive = view.delta_alive.tolist()
@@ -271,7 +271,7 @@ class LiveIndex:
             new = delta.append(change.id, change.vector, change.metadata, change.sequence)
             delta_alive.append(True)
             self._where[change.id] = ~new
-        self._view = replace(
+        return replace(
             view,
             alive=alive,
             delta=delta,
