@@ -146,6 +146,7 @@ class FakeReranker(Behaviour):
         super().__init__(**kwargs)
         self.table = table
         self.pairs: list[tuple[str, str]] = []
+        self.refuse: Callable[[Sequence[str]], None] = lambda candidates: None
 
     async def rerank(
         self,
@@ -156,6 +157,7 @@ class FakeReranker(Behaviour):
         timeout_s: float | None = None,
     ) -> tuple[np.ndarray, Usage]:
         await self.take(timeout_s)
+        self.refuse(candidates)
         self.pairs += [(query, candidate) for candidate in candidates]
         words = set(query.split())
         scores = [

@@ -524,3 +524,46 @@ def test_fields_of_the_stages_are_fields_of_the_query(field, expected):
     with pytest.raises(InvalidInputError) as caught:
         system.search()
     assert caught.value.field == expected
+
+
+def too_long(*ids: str):
+    """A reranker that refuses these candidates' texts, one at a time, as the real one does."""
+
+    def refuse(candidates):
+        for at, text in enumerate(candidates):
+            if text.split(": ")[-1] in ids:
+                raise InvalidInputError("too long", field=f"candidates[{at}]", reason="TOO_LONG")
+
+    return refuse
+
+
+def test_a_candidate_that_the_reranker_cannot_read_is_left_out_alone():
+    system = System()
+    system.reranker.refuse = too_long("aab", "abb")
+    system.reranker.table = {
+        "seen ab. Answer: ab": 0.1,
+        "seen bbbb. Answer: bbbb": 0.6,
+        "seen cc. Answer: cc": 0.5,
+    }
+    last = system.search()[-1]
+    assert (last.stage, ids(last)) == (RERANKED, ["bbbb", "cc", "ab", "aab", "abb"])
+    assert [c.rerank is None for c in last.results] == [False, False, False, True, True]
+    assert degraded(last) == [("rerank", "TOO_LONG")]
+    assert "2 of 5" in last.degraded[0].message
+
+
+def test_when_no_candidate_can_be_read_the_first_stage_stands():
+    system = System()
+    system.reranker.refuse = too_long(*BY_COSINE)
+    first, last = system.search()
+    assert (last.stage, last.results) == (FIRST, first.results)
+    assert degraded(last) == [("rerank", "TOO_LONG")]
+
+
+def test_a_query_that_the_reranker_cannot_read_is_a_failed_rerank():
+    system = System()
+    system.reranker.broken = InvalidInputError("too long", field="query", reason="TOO_LONG")
+    first, last = system.search()
+    assert last.results == first.results
+    assert degraded(last) == [("rerank", "TOO_LONG")]
+    assert system.reranker.calls == 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from tte_jax.cascade import degradation
 from tte_jax.cascade.calls import bounded, now, relocated
 from tte_jax.cascade.messages import (
     Degraded,
@@ -29,9 +31,7 @@ from tte_jax.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidInputError,
-    OverloadedError,
     TteError,
-    UnavailableError,
 )
 from tte_jax.stages import (
     EmbedItem,
@@ -47,18 +47,7 @@ log = logging.getLogger(__name__)
 
 # Where what a stage is given stands in a search request.
 _PLACES = {"content": "query", "instruction": "instruction"}
-_ACTOR = {
-    "reason": "The reasoner",
-    "fetch": "The index",
-    "rewrite": "The reasoner",
-    "rerank": "The reranker",
-}
-_CONSEQUENCE = {
-    "reason": "the query was searched as it is, without reasoning",
-    "fetch": "candidates could not be read again and keep what is known of them",
-    "rewrite": "candidates keep the reasoning they were stored with",
-    "rerank": "results keep their first-stage order",
-}
+_CANDIDATE = re.compile(r"candidates\[(\d+)\]")
 
 
 class Search:
@@ -247,15 +236,7 @@ class Search:
         query, cascade = self.query, self.cascade
         asked = rerank_text(self.query_reasoning, query.content)
         if not asked:
-            self.degraded.append(
-                Degraded(
-                    "rerank",
-                    "NO_QUERY_TEXT",
-                    "The reranker compares texts, and this query has neither text nor reasoning: "
-                    + _CONSEQUENCE["rerank"]
-                    + ".",
-                )
-            )
+            self.degraded.append(degradation.no_query_text())
             return None
         head = candidates[: query.budget.rerank_depth]
         bare = [c for c in head if not _candidate_text(c, documents)]
@@ -266,7 +247,7 @@ class Search:
         scorable = [c for c in head if texts[c.id]]
         if not scorable:
             return None
-        depth, timeout = optional_time(
+        depth, _ = optional_time(
             self._remaining(),
             stage="rerank",
             depth=len(scorable),
@@ -278,32 +259,56 @@ class Search:
             self._no_time("rerank", done=depth, wanted=len(scorable))
         if depth == 0:
             return None
-        scored = scorable[:depth]
-        try:
-            scores = await self._call(
-                "rerank",
-                lambda: cascade.reranker.rerank(
-                    asked,
-                    [texts[c.id] for c in scored],
-                    instruction=query.instruction,
-                    timeout_s=timeout,
-                ),
-                timeout,
-                units=depth,
-            )
-            if scores.shape != (depth,) or not np.isfinite(scores).all():
-                raise InternalError(
-                    "the reranker's scores are not one finite number per candidate",
-                    reason="NOT_FINITE",
-                )
-        except TteError as error:
-            self._failed("rerank", error)
+        scores = await self._scores(asked, scorable[:depth], texts)
+        if scores is None:
             return None
-        by_id = {c.id: float(score) for c, score in zip(scored, scores, strict=True)}
-        top = [replace(c, rerank=by_id[c.id]) for c in scored]
+        top = [replace(c, rerank=scores[c.id]) for c in scorable if c.id in scores]
         # Stable: equal scores keep their first-stage order.
-        top.sort(key=lambda c: -by_id[c.id])
-        return top + [c for c in candidates if c.id not in by_id]
+        top.sort(key=lambda c: -scores[c.id])
+        return top + [c for c in candidates if c.id not in scores]
+
+    async def _scores(
+        self, asked: str, candidates: Sequence[Candidate], texts: dict[str, str]
+    ) -> dict[str, float] | None:
+        """P(yes) by id, without the candidates whose text is refused; `None` = there are none."""
+        left, refusals, scores = list(candidates), [], None
+        while left and scores is None:
+            timeout = required_time(self._remaining(), self.cascade.caps.rerank)
+            if timeout is None:
+                self._no_time("rerank")
+                return None
+            try:
+                scores = await self._score(asked, [texts[c.id] for c in left], timeout)
+            except TteError as error:
+                at = _refused(error)
+                if at is None or at >= len(left):
+                    self._failed("rerank", error)
+                    return None
+                del left[at]
+                refusals.append(error.reason)
+        if refusals:
+            self.degraded.append(
+                degradation.refused(refusals[0], count=len(refusals), wanted=len(candidates))
+            )
+        if scores is None:
+            return None
+        return {c.id: float(score) for c, score in zip(left, scores, strict=True)}
+
+    async def _score(self, asked: str, texts: Sequence[str], timeout: float) -> np.ndarray:
+        scores = await self._call(
+            "rerank",
+            lambda: self.cascade.reranker.rerank(
+                asked, texts, instruction=self.query.instruction, timeout_s=timeout
+            ),
+            timeout,
+            units=len(texts),
+        )
+        if scores.shape != (len(texts),) or not np.isfinite(scores).all():
+            raise InternalError(
+                "the reranker's scores are not one finite number per candidate",
+                reason="NOT_FINITE",
+            )
+        return scores
 
     # --- bookkeeping ---
 
@@ -343,25 +348,14 @@ class Search:
 
     def _failed(self, stage: str, error: TteError) -> None:
         log.warning("degraded search: %s: %s: %s", stage, error.reason, error.message)
-        if isinstance(error, DeadlineExceededError):
-            happened = "did not answer in time"
-        elif isinstance(error, UnavailableError):
-            happened = "is not available"
-        elif isinstance(error, OverloadedError):
-            happened = "is overloaded"
-        else:
-            happened = "failed"
-        message = f"{_ACTOR[stage]} {happened}: {_CONSEQUENCE[stage]}."
-        self.degraded.append(Degraded(stage, error.reason, message))
+        self.degraded.append(degradation.failed(stage, error))
 
     def _no_time(self, stage: str, *, done: int = 0, wanted: int = 0) -> None:
         if done:
-            message = f"Too little time was left: only {done} of {wanted} candidates were "
-            message += "rewritten." if stage == "rewrite" else "reranked."
+            self.degraded.append(degradation.fewer(stage, done=done, wanted=wanted))
         else:
             self.cascade.pace = self.cascade.pace.skipped(stage)
-            message = f"Too little time was left: {_CONSEQUENCE[stage]}."
-        self.degraded.append(Degraded(stage, "DEADLINE_NEAR", message))
+            self.degraded.append(degradation.no_time(stage))
 
     def _update(
         self, stage: SearchStage, candidates: Sequence[Candidate], *, final: bool
@@ -378,6 +372,12 @@ class Search:
             usage=tuple(self.usage) if include.timings else (),
             degraded=tuple(self.degraded),
         )
+
+
+def _refused(error: TteError) -> int | None:
+    """Which candidate's text the reranker does not take; `None` for any other error."""
+    found = _CANDIDATE.match(error.field) if isinstance(error, InvalidInputError) else None
+    return int(found[1]) if found else None
 
 
 def _candidate(hit: Hit) -> Candidate:
