@@ -53,7 +53,7 @@ async def test_the_stages_answer_as_the_roles_do():
     reasonings, usage = await reasoner.reason([CAT, DOG], max_tokens=24, timeout_s=WAIT_S)
     assert reasonings == tiny_models.reasoner().reason([CAT, DOG], 24)
     assert usage.tokens_out == sum(r.tokens for r in reasonings)
-    items = [EmbedItem(i.content, i.side, r.text) for i, r in zip((CAT, DOG), reasonings)]  # noqa: B905
+    items = [EmbedItem(i.content, i.side, "<think>x</think>\nAnswer: y") for i in (CAT, DOG)]
     vectors, _ = await embedder.embed(items, dimension=8)
     np.testing.assert_allclose(vectors, tiny_models.embedder().embed(items, 8), atol=1e-5)
     scores, _ = await reranker.rerank("a cat", ["a cat", "a dog"])
