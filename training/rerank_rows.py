@@ -1,0 +1,150 @@
+"""Training rows for the reranker: what the retriever really finds, as the reasoner really words it.
+
+    python -m training.rerank_rows --out .data/runs/rerank/rows.jsonl
+
+On clean training pictures the reasoner is nearly always right, and a reranker trained on that would
+never have seen a mistake. So the pictures are spoilt first (small, grey, turned, cut, noisy), the
+reasoner describes them, the embedder ranks them, and the first candidates become one row: ranked,
+with the right ones marked. Only training pictures and training concepts are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image, ImageFilter
+
+from training import texts
+from training.data.emoji import EmojiData, load
+from training.evaluate import Roles, embed_all, png, reason_all
+from training.sampling import image_table, pick_row
+from tte_jax.cascade.texts import rerank_text
+from tte_jax.content import Content, Side
+from tte_jax.embedder import Embedder
+from tte_jax.reasoner import Reasoner
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options: the unified model directory, numbers of queries by kind, candidates a row."""
+
+    data: Path = Path(".data/emoji")
+    model: Path = Path(".data/runs/model")
+    out: Path = Path(".data/runs/rerank/rows.jsonl")
+    text: int = 1200
+    image: int = 800
+    composed: int = 1400
+    documents: int = 3300
+    candidates: int = 12
+    budget: int = 64
+    seed: int = 0
+
+
+def spoil(picture: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """A worse picture of the same thing; `strength` in [0, 1]. [H, W, 3] uint8 in and out."""
+    image = Image.fromarray(picture)
+    side = image.width
+    if rng.random() < strength:
+        angle = rng.uniform(-25, 25) * strength
+        image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+    if rng.random() < strength:
+        cut = int(side * 0.18 * strength)
+        left, top = rng.integers(0, cut + 1, 2)
+        box = (left, top, side - cut + left, side - cut + top)
+        image = image.crop(tuple(int(b) for b in box)).resize((side, side))
+    if rng.random() < 0.6 * strength:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 2.5))))
+    if rng.random() < 0.5 * strength:
+        image = image.filter(ImageFilter.CONTOUR) if rng.random() < 0.4 else image.convert("L")
+        image = image.convert("RGB")
+    spoilt = np.asarray(image, np.float32)
+    spoilt = spoilt + rng.normal(0, 18 * strength, spoilt.shape)
+    return np.clip(spoilt, 0, 255).astype(np.uint8)
+
+
+def documents(data: EmojiData, count: int, rng: np.random.Generator) -> list[int]:
+    """Rows of training originals, OpenMoji first, since that is what is served."""
+    rows = data.rows("train", originals=True)
+    style = np.array([data.styles[s] for s in data.style_ids[rows]])
+    served, others = rows[style == "openmoji"], rows[style != "openmoji"]
+    both = np.concatenate([rng.permutation(served), rng.permutation(others)])
+    return [int(r) for r in both[:count]]
+
+
+def main(config: Config) -> None:
+    data = load(config.data)
+    rng = np.random.default_rng(config.seed)
+    roles = Roles(
+        Reasoner.from_pretrained(config.model), Embedder.from_pretrained(config.model), None
+    )
+    table = image_table(data)
+
+    def picture(row: int) -> Content:
+        spoilt = spoil(data.images[row], rng, float(rng.uniform(0.2, 1.0)))
+        return Content.of("", png(spoilt))
+
+    rows = documents(data, config.documents, rng)
+    pool = [picture(r) for r in rows]
+    keys = np.array([data.concept_ids[r] for r in rows])
+    pool_ecrs = reason_all(roles, pool, Side.DOCUMENT, config.budget)
+    pool_vectors = embed_all(roles, pool, Side.DOCUMENT, pool_ecrs)
+
+    here = [i for i, c in enumerate(table.concepts) if c in set(keys)]
+    weights = table.weights[here] / table.weights[here].sum()
+    queries: list[Content] = []
+    answers: list[int] = []
+    for index in rng.choice(here, config.text, p=weights):
+        concept = data.concepts[table.concepts[index]]
+        queries.append(Content.of(texts.text_query(concept, rng)))
+        answers.append(int(table.concepts[index]))
+    for index in rng.choice(here, config.image, p=weights):
+        queries.append(picture(pick_row(table, int(index), rng)))
+        answers.append(int(table.concepts[index]))
+    members: dict[str, list[int]] = {}
+    for index in here:
+        concept = data.concepts[table.concepts[index]]
+        if not concept.multi_person and (concept.gender != "none" or concept.skin != "none"):
+            members.setdefault(concept.family, []).append(index)
+    families = [m for m in members.values() if len(m) >= 4]
+    while len(queries) < config.text + config.image + config.composed:
+        source, target = rng.choice(families[rng.integers(len(families))], 2, replace=False)
+        a, b = (data.concepts[table.concepts[i]] for i in (source, target))
+        if texts.changed(a, b):
+            content = picture(pick_row(table, int(source), rng))
+            queries.append(Content.of(texts.change_query(a, b, rng), content.media[0].data))
+            answers.append(int(table.concepts[target]))
+
+    ecrs = reason_all(roles, queries, Side.QUERY, config.budget)
+    vectors = embed_all(roles, queries, Side.QUERY, ecrs)
+    order = np.argsort(-(vectors @ pool_vectors.T), axis=1, kind="stable")
+    found, lines = 0, []
+    for content, ecr, answer, ranked in zip(queries, ecrs, answers, order, strict=True):
+        head = list(ranked[: config.candidates])
+        right = np.flatnonzero(keys == answer)
+        found += bool(set(head) & set(right))
+        if not set(head) & set(right):
+            head[-1] = int(right[0])
+        row = {
+            "query": rerank_text(ecr, content),
+            "candidates": [rerank_text(pool_ecrs[i]) for i in head],
+            "labels": [int(keys[i] == answer) for i in head],
+        }
+        if row["query"] and all(row["candidates"]):
+            lines.append(json.dumps(row, ensure_ascii=False))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = config.out.with_suffix(".partial")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, config.out)
+    print(
+        f"{len(lines)} rows in {config.out}; the right document is among the first "
+        f"{config.candidates} in {found / len(queries):.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
