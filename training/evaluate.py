@@ -148,7 +148,9 @@ def ranks(order: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(hit.any(1), hit.argmax(1), order.shape[1])
 
 
-def summary(rank: np.ndarray, pool: int, rng: np.random.Generator) -> dict[str, float | list[float]]:
+def summary(
+    rank: np.ndarray, pool: int, rng: np.random.Generator
+) -> dict[str, float | list[float]]:
     out: dict[str, float | list[float]] = {}
     for k in (1, 10):
         hits = (rank < k).astype(float)
@@ -216,9 +218,7 @@ def composed_queries(
 ) -> list[Query]:
     """Pictures of one variant in `style` with the change to another; the answer is in OpenMoji."""
     concepts = [
-        c
-        for c in data.concepts
-        if not c.multi_person and (c.gender != "none" or c.skin != "none")
+        c for c in data.concepts if not c.multi_person and (c.gender != "none" or c.skin != "none")
     ]
     families: dict[str, list[Concept]] = {}
     for c in concepts:
@@ -272,9 +272,7 @@ def main(config: Config) -> None:
 
     started = time.time()
     fluent = build_pool(roles, pictures, UNSEEN_STYLE, base, config.budget)
-    served = build_pool(
-        roles, pictures, SERVED_STYLE, pictures.keys(SERVED_STYLE), config.budget
-    )
+    served = build_pool(roles, pictures, SERVED_STYLE, pictures.keys(SERVED_STYLE), config.budget)
     indexing = time.time() - started
     tasks = {
         "text → image, by label; unseen style": (
@@ -329,9 +327,7 @@ def main(config: Config) -> None:
     for name, (queries, pool) in tasks.items():
         result = evaluate(roles, queries, pool, config)
         report["tasks"][name] = result  # type: ignore[index]
-        figures = {
-            arm: (v["hit@1"], v["hit@10"]) for arm, v in result.items() if arm != "about"
-        }
+        figures = {arm: (v["hit@1"], v["hit@10"]) for arm, v in result.items() if arm != "about"}
         print(f"{name}\n  {figures}  {result['about']}", flush=True)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

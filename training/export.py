@@ -140,7 +140,9 @@ def write(
     for name, value in files.items():
         (directory / name).write_text(json.dumps(value, indent=2) + "\n")
     size = (directory / "model.safetensors").stat().st_size / 1e6
-    print(f"{directory}: {sum(v.size for v in half.values()) / 1e6:.2f} M parameters, {size:.1f} MB")
+    print(
+        f"{directory}: {sum(v.size for v in half.values()) / 1e6:.2f} M parameters, {size:.1f} MB"
+    )
 
 
 def main(config: Config) -> None:

@@ -1,6 +1,6 @@
 """The built-in models' tokenizer: Qwen2's kind (byte-level BPE), trained on the texts we have.
 
-    python -m training.tokenizer --data .data/emoji --out .data/runs/tokenizer
+python -m training.tokenizer --data .data/emoji --out .data/runs/tokenizer
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from tte_jax.models.vision import VisionTower
 from training import builtin, images, sampling
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.prefetch import prefetch
 from training.words import concept_words
+from tte_jax.models.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,12 @@ def main(config: Config) -> None:
             predicted = classify(params, jnp.asarray(data.images[np.sort(part)]), size)
             truth = data.concept_ids[np.sort(part)]
             right.append(
-                [np.asarray(p) == ids[k][truth] for p, k in zip(predicted, LABELS[:1] + LABELS[3:5])]
+                [
+                    np.asarray(p) == ids[k][truth]
+                    for p, k in zip(predicted, ("family", "gender", "skin"), strict=True)
+                ]
             )
-        family, gender, skin = (np.concatenate(x).mean() for x in zip(*right))
+        family, gender, skin = (np.concatenate(x).mean() for x in zip(*right, strict=True))
         return {"unseen_family": family, "unseen_gender": gender, "unseen_skin": skin}
 
     # --- restore ----------------------------------------------------------------------------

@@ -114,9 +114,7 @@ class Model:
         ids = np.asarray(input_ids, np.int32)
         inputs = self._prepare(ids, attention_mask, pixel_values, image_grid_thw)
         stops = self._stops(eos_token_id)
-        pad = next(
-            p for p in (pad_token_id, self.config.pad_token_id, *stops, 0) if p is not None
-        )
+        pad = next(p for p in (pad_token_id, self.config.pad_token_id, *stops, 0) if p is not None)
         _, hidden, (k, v) = _forward(self.module, *inputs.arrays)
         # The cache holds the prompt without its padding, so that places are positions again.
         batch, length = ids.shape
@@ -154,10 +152,13 @@ class Model:
         ids = np.asarray(input_ids, np.int32)
         if ids.ndim != 2 or not ids.size:
             raise InvalidInputError(
-                f"input_ids must be [batch, tokens] with at least one token, got shape {ids.shape}.",
+                "input_ids must be [batch, tokens] with at least one token, got shape"
+                f" {ids.shape}.",
                 field="input_ids",
             )
-        valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) > 0
+        if attention_mask is None:
+            attention_mask = np.ones(ids.shape, bool)
+        valid = np.asarray(attention_mask) > 0
         if valid.shape != ids.shape or not valid.any(1).all():
             raise InvalidInputError(
                 f"attention_mask must have the shape of input_ids {ids.shape} and a real token in"

@@ -133,9 +133,7 @@ class IndexStage(Protocol):
         """At most k live documents by falling cosine; ties by document id."""
         ...
 
-    async def upsert(
-        self, entries: Sequence[IndexEntry], *, timeout_s: float | None = None
-    ) -> int:
+    async def upsert(self, entries: Sequence[IndexEntry], *, timeout_s: float | None = None) -> int:
         """Store durably, all or nothing; returns the sequence number of the last entry."""
         ...
 

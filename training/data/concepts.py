@@ -122,7 +122,7 @@ class Concept:
 
 
 def normalise_key(hexcode: str) -> str:
-    """"1F469-1F3FF-200D-1F4BB" or "2764-FE0F" -> lower case, "-"-joined, without U+FE0F."""
+    """ "1F469-1F3FF-200D-1F4BB" or "2764-FE0F" -> lower case, "-"-joined, without U+FE0F."""
     return "-".join(p for p in re.split(r"[-_ ]", hexcode.lower()) if p != "fe0f")
 
 
@@ -170,7 +170,7 @@ def _tone_list(tone: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _family_name(label: str) -> str:
-    """"person running" -> "running", "woman with headscarf" -> "person with headscarf"."""
+    """ "person running" -> "running", "woman with headscarf" -> "person with headscarf"."""
     text = label.lower().replace("“", '"').replace("”", '"').replace("’", "'")
     text = re.sub(r"^flag: ", "flag of ", text)
     text = re.sub(r"^keycap: ", "keycap ", text)

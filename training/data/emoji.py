@@ -90,9 +90,7 @@ def read_sources(cache: Path) -> Sources:
         style: read_json(fetch(package, cache), "icons.json", "chars.json")
         for style, package in STYLES.items()
     }
-    index = build_name_index(
-        concepts, names, [(sets[s][0], sets[s][1]) for s in _NAMING_STYLES]
-    )
+    index = build_name_index(concepts, names, [(sets[s][0], sets[s][1]) for s in _NAMING_STYLES])
     flags = {c.key for c in concepts if c.group == "flags"}
     icons = {
         style: {
@@ -347,9 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=None, help="archives; default OUT/../npm")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--write-splits", action="store_true", help="write the hold-out lists anew"
-    )
+    parser.add_argument("--write-splits", action="store_true", help="write the hold-out lists anew")
     options = parser.parse_args(arguments)
     build(
         options.out,

@@ -101,9 +101,7 @@ class NameIndex:
         return self._keys.get(slug(name))
 
 
-def keys_of_chars(
-    icon_set: Mapping[str, Any], chars: Mapping[str, str]
-) -> list[tuple[str, str]]:
+def keys_of_chars(icon_set: Mapping[str, Any], chars: Mapping[str, str]) -> list[tuple[str, str]]:
     """(icon name, key) pairs of a set with a `chars.json`; plain aliases share their parent's."""
     pairs = [(name, normalise_key(code)) for code, name in chars.items()]
     keys = dict(pairs)

@@ -22,9 +22,7 @@ from training.data.render import RenderError, ink, render
 Rgb = tuple[int, int, int]
 
 _PAINT = re.compile(r'\b(fill|stroke|stop-color)(="|:\s*)(#[0-9a-fA-F]{3,8}|[a-zA-Z]+)')
-_GRADIENT = re.compile(
-    r'<(linearGradient|radialGradient)\b([^>]*?)(?:/>|>(.*?)</\1>)', re.DOTALL
-)
+_GRADIENT = re.compile(r"<(linearGradient|radialGradient)\b([^>]*?)(?:/>|>(.*?)</\1>)", re.DOTALL)
 _URL = re.compile(r'\bfill="url\(#([^)]+)\)"')
 _CLOSED_STROKED = re.compile(r"<(path|circle|ellipse|rect|polygon)\b[^>]*?/?>")
 _STROKE = re.compile(r'\sstroke="(?!none)[^"]*"')
@@ -148,9 +146,7 @@ def outline_shapes(body: str, icon: Icon, colour: str, width: float) -> str:
     """Strokes every shape; `width` is a share of the icon's longest side."""
     stroke = width * max(icon.width, icon.height)
     body = _drop_invisible(body)
-    return (
-        f'<g stroke="{colour}" stroke-width="{stroke:.3g}" stroke-linejoin="round">{body}</g>'
-    )
+    return f'<g stroke="{colour}" stroke-width="{stroke:.3g}" stroke-linejoin="round">{body}</g>'
 
 
 def outline_silhouette(body: str, icon: Icon, colour: str, width: float) -> str:

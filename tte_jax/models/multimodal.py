@@ -62,9 +62,7 @@ class MultimodalLM(nnx.Module):
         if vis is not None and vis_idx is not None:
             features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
             x = jnp.where((vis_idx >= 0)[..., None], features, x)
-        return self.text(
-            x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat
-        )
+        return self.text(x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""

@@ -67,7 +67,8 @@ class VisionTower(nnx.Module):
         self.blocks = VisionBlocks(config, rngs=rngs, dtype=dtype)
         self.merge_norm_e = nnx.Param(jnp.ones((e,), dtype))
         self.merge_norm_bias_e = nnx.Param(jnp.zeros((e,), dtype))
-        self.merge1_gg, self.merge1_bias_g = normal(wide, wide), nnx.Param(jnp.zeros((wide,), dtype))
+        self.merge1_gg = normal(wide, wide)
+        self.merge1_bias_g = nnx.Param(jnp.zeros((wide,), dtype))
         self.merge2_gd = normal(wide, config.out_size)
         self.merge2_bias_d = nnx.Param(jnp.zeros((config.out_size,), dtype))
 

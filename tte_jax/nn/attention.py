@@ -80,11 +80,7 @@ def attend(
 
 def _logits(q_btkgh: Array, k: Array, mask: Array) -> Array:
     if k.shape[0] == 1 and q_btkgh.shape[0] != 1:
-        logits = jnp.einsum(
-            "btkgh,skh->bkgts", q_btkgh, k[0], preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("btkgh,skh->bkgts", q_btkgh, k[0], preferred_element_type=jnp.float32)
     else:
-        logits = jnp.einsum(
-            "btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None, :, :], logits, MASKED)
