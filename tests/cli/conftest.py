@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from tests.cli.system import System
 from tte_jax import system_state
+from tte_jax.builtin import openmoji
 from tte_jax.cli.app import app
 
 Tte = Callable[..., Result]
@@ -45,6 +46,14 @@ def running(system: System, tte: Tte) -> Iterator[Tte]:
     with system_state.lock(folder):
         system_state.write(folder, system_state.SystemState(os.getpid(), True, services))
         yield tte
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The first five pictures stand for the corpus."""
+    some = openmoji.entries()[:5]
+    monkeypatch.setattr(openmoji, "entries", lambda *, extras=False: some)
+    yield len(some)
 
 
 def document(result: Result) -> Any:

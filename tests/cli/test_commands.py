@@ -68,7 +68,7 @@ def test_search_json_is_one_document_with_every_score(colours: Tte) -> None:
 
 
 def test_search_by_image_and_by_image_with_a_change(colours: Tte, pictures: Path) -> None:
-    same = document(colours("search", "--image", pictures / "blue.png", "--json"))
+    same = document(colours("search", "-i", pictures / "blue.png", "-f", "kind=colour", "--json"))
     assert same["results"][0]["id"] == "blue.png"
     changed = document(
         colours("search", "-i", pictures / "blue.png", "but", "cold", "--json", "--budget", "8")
@@ -88,8 +88,8 @@ def test_filters_and_budgets_reach_the_gateway(colours: Tte) -> None:
 def test_a_sick_stage_degrades_and_says_so(colours: Tte, system: System) -> None:
     system.reranker.broken = UnavailableError("it is being repaired")
     try:
-        shown = colours("search", "red", "--timeout", 20)
-        made = document(colours("search", "red", "--json", "--timeout", 20))
+        shown = colours("search", "red", "-f", "kind=colour", "--timeout", 20)
+        made = document(colours("search", "red", "-f", "kind=colour", "--json", "--timeout", 20))
     finally:
         system.reranker.broken = None
     assert shown.exit_code == 0 and "Degraded" in shown.stderr
@@ -294,6 +294,20 @@ def test_a_defect_is_exit_1_without_a_stack_trace(tte: Tte, monkeypatch) -> None
     result = tte("search", "a cat")
     assert result.exit_code == 1
     assert "a defect" in result.stderr and "Traceback" not in result.output
+
+
+def test_an_interrupt_is_exit_130(tte: Tte, monkeypatch) -> None:
+    def interrupted(address: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tte_jax.cli.search.connect", interrupted)
+    assert tte("search", "a cat").exit_code == 130
+
+
+def test_a_broken_ingest_says_how_to_go_on(tte: Tte, nobody: str, pictures: Path) -> None:
+    result = tte("ingest", pictures, "--address", nobody)
+    assert result.exit_code == 4, result.output
+    assert "again to go on" in result.stderr and "0 documents" in result.stderr
 
 
 def test_help_and_version(tte: Tte) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,12 @@ from servers.settings import DEFAULT_PORTS
 from tests.cli.conftest import Tte
 from tests.cli.system import System
 from tte_jax import system_state
-from tte_jax.builtin import openmoji
 from tte_jax.cli import connection, corpus, launch, state
 from tte_jax.cli.output import Output
 from tte_jax.errors import InvalidInputError, PreconditionError
 
 MODELS = {"reasoner": "reasoner-1", "embedder": "embedder-1"}
 NOTHING = corpus.Stored(0, "")
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The first five pictures stand for the corpus."""
-    some = openmoji.entries()[:5]
-    monkeypatch.setattr(openmoji, "entries", lambda *, extras=False: some)
-    yield len(some)
 
 
 def ensure(system: System, folder: Path, stored: corpus.Stored, **models: str) -> corpus.Ingested:

@@ -20,8 +20,10 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
-            # What the framework raises (usage errors, exits) carries its own exit code.
-            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+            # What the framework raises (usage errors, exits) carries its own exit code, and a
+            # reader that went away (`tte search cat | head -3`) is no error of ours.
+            own = isinstance(error, typer.Exit | typer.Abort | BrokenPipeError)
+            if own or hasattr(error, "exit_code"):
                 raise
             if os.environ.get("TTE_DEBUG"):
                 raise

@@ -129,7 +129,7 @@ def sheet_rows(
         ecr = views.ecr_line(answer.last.query_reasoning)
         rows.append(
             contact_sheet.Row(
-                text=query.text or "the same, drawn by OpenMoji",
+                text=query.text or "(the picture alone)",
                 picture=twemoji.picture(query.picture) if query.picture else None,
                 remark=f"ECR: {ecr}",
                 found=found,

@@ -114,15 +114,25 @@ class _Run:
         last = IngestUpdate(results=(), received=0, stored=0, skipped=0, failed=0)
         # A manifest holds any number of documents, so that files count only where there is none.
         plain = all(path.suffix.lower() in sources.IMAGE_SUFFIXES for path, _ in self.files)
-        with bar("Ingesting", len(self.files) if plain else None, out) as advance:
-            for last in client.ingest(self.documents(), choice):
-                for result in last.results:
-                    if result.state is ItemState.FAILED:
-                        why = result.error.message if result.error else "unknown"
-                        source = self._source_of.get(result.id, result.id)
-                        self.bad.append(sources.BadSource(source, why))
-                advance(last.stored + last.skipped + len(self.bad) + self.duplicates)
+        try:
+            with bar("Ingesting", len(self.files) if plain else None, out) as advance:
+                for last in client.ingest(self.documents(), choice):
+                    self._note_failures(last)
+                    advance(last.stored + last.skipped + len(self.bad) + self.duplicates)
+        except BaseException:
+            kept = last.stored + last.skipped
+            out.note(
+                f"{kept} documents are stored. Run the same command again to go on from there."
+            )
+            raise
         return last
+
+    def _note_failures(self, update: IngestUpdate) -> None:
+        for result in update.results:
+            if result.state is ItemState.FAILED:
+                why = result.error.message if result.error else "unknown"
+                source = self._source_of.get(result.id, result.id)
+                self.bad.append(sources.BadSource(source, why))
 
 
 def _report(run: _Run, last: IngestUpdate, out: Output) -> None:
