@@ -157,7 +157,6 @@ def summary(
         draws = rng.choice(hits, (1000, len(hits))).mean(1)
         out[f"hit@{k}"] = round(float(hits.mean()), 4)
         out[f"hit@{k}_ci95"] = [round(float(q), 4) for q in np.quantile(draws, [0.025, 0.975])]
-    del pool
     return out
 
 
@@ -192,9 +191,9 @@ def evaluate(
     marks = sorted({m for q in queries for m in q.marks})
     for arm, order in arms.items():
         rank = ranks(order, right)
-        result[arm] = dict(summary(rank, n, rng))
+        result[arm] = dict(summary(rank, rng))
         result[arm]["by"] = {
-            m: {**summary(rank[here], n, rng), "queries": int(here.sum())}
+            m: {**summary(rank[here], rng), "queries": int(here.sum())}
             for m in marks
             if (here := np.array([m in q.marks for q in queries])).any()
         }

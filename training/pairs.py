@@ -77,7 +77,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Mix:
-    """How many queries of each kind a batch has, and how often an ECR is replaced by a wrong one."""
+    """How many queries of each kind a batch has, and how often an ECR is a wrong one."""
 
     text: int = 36
     image: int = 24

@@ -2,8 +2,8 @@
 
     python -m training.rerank --rows .data/runs/rerank/rows.jsonl
 
-Rows are written by `training.rerank_rows`: a query text, candidate texts as the reasoner wrote them,
-and which candidates are right. Loss: binary cross-entropy on each yes/no (so that the score is a
+Rows are written by `training.rerank_rows`: a query text, candidate texts in the reasoner's words, and
+which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
 probability) plus a softmax over the list (so that the order is right). The decoder starts from the
 unified model's embedding table and MLPs; attention is new, since Qwen3 normalises queries and keys.
 """
