@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,12 +80,14 @@ def serve(
 def _how_to_query(gateway: str, out: Output) -> None:
     usual = state.USUAL_ADDRESSES["gateway"]
     address = "" if gateway == usual else f" --address {gateway}"
+    # `make serve` runs it out of a virtual environment that nobody has activated.
+    tte = "tte" if shutil.which("tte") else os.path.relpath(Path(sys.executable).with_name("tte"))
     out.show(
         escape(
             "\nTry, in another terminal:\n"
-            f"  tte search{address} a smiling cat\n"
-            f"  tte search{address} --image picture.png\n"
-            f"  tte search{address} --image person.png --explain "
+            f"  {tte} search{address} a smiling cat\n"
+            f"  {tte} search{address} --image picture.png\n"
+            f"  {tte} search{address} --image person.png --explain "
             '"the same, but as a woman with dark skin tone"\n'
             "Ctrl-C stops everything."
         )
