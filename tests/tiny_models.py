@@ -52,7 +52,7 @@ BUCKETS = {
     "embed": [[4, 32], [2, 64]],
     "prefix": [48],
     "score": [[4, 32], [2, 64]],
-    "decode": [2, 4],
+    "decode": [[2, 56], [4, 40]],
     "new_tokens": 24,
     "decode_steps": 4,
 }
@@ -140,14 +140,24 @@ def write_model(
 
 
 def random_model(directory: Path, *, seed: int = 0, scale: float = 6.0) -> MultimodalLM:
-    """A model of the directory's configuration, its matrices scaled up from their initial size."""
-    model = MultimodalLM(model_config(directory), rngs=nnx.Rngs(seed), dtype=jnp.float32)
-    graph, state = nnx.split(model)
-    # Norm weights are all ones and biases all zeros; only what is random is scaled.
-    state = jax.tree.map(
-        lambda x: x * scale if bool(np.std(np.asarray(x)) > 1e-4) else x, state
-    )
-    return nnx.merge(graph, state)
+    """A model of the directory's configuration with matrices of deviation 0.02 * `scale`.
+
+    Drawn with NumPy: JAX would compile one program for every shape.
+    """
+    config = model_config(directory)
+    abstract = nnx.eval_shape(lambda: MultimodalLM(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graph, state = nnx.split(abstract)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "bias" in name:
+            return jnp.asarray(np.zeros(leaf.shape, np.float32))
+        if "norm" in name:
+            return jnp.asarray(np.ones(leaf.shape, np.float32))
+        return jnp.asarray(rng.normal(0, 0.02 * scale, leaf.shape).astype(np.float32))
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def png(seed: int, width: int = 56, height: int = 56) -> bytes:

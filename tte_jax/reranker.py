@@ -54,6 +54,7 @@ class Reranker(Role):
 
     name = "reranker"
     stage = "rerank"
+    max_queued = 4096  # texts are small, and one request may bring 256
 
     def __init__(
         self,

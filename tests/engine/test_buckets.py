@@ -54,10 +54,11 @@ def test_too_long_input_is_refused_before_anything_is_planned():
 
 
 def test_ladder_from_tte_json():
-    changes = {"prefill": [[2, 32]], "decode": [1, 4], "new_tokens": 16, "prefix": [32]}
+    changes = {"prefill": [[2, 32]], "decode": [[1, 24], [4, 99]], "new_tokens": 16, "prefix": [32]}
     ladder = MINI.replace(changes)
     assert ladder.prefill == ((2, 32),)
     assert (ladder.cache_length, ladder.slots) == (48, 4)
+    assert ladder.decode_shapes == ((1, 24), (4, 48))  # the whole is there, and nothing beyond it
     assert ladder.embed == MINI.embed
     assert longest(ladder.prefill) == 32
     assert longest(()) == 0
@@ -71,7 +72,7 @@ def test_ladder_from_tte_json():
         {"prefill": [64]},
         {"prefill": 64},
         {"new_tokens": "many"},
-        {"decode": [True]},
+        {"decode": [4]},
     ],
 )
 def test_a_malformed_ladder_is_refused(changes):

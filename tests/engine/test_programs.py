@@ -77,7 +77,9 @@ def decode_run(model, state, steps_left: int):
     state, first, _, _ = prefill(
         model, state, ids, positions, n, None, None, np.int32([2, 0]), n, control(2)
     )
-    decode = jax.jit(partial(programs.decode, slots=SLOTS, steps=steps_left, stops=PLAIN))
+    decode = jax.jit(
+        partial(programs.decode, slots=SLOTS, places=LENGTH, steps=steps_left, stops=PLAIN)
+    )
     alive, closed = np.array([True, False, True]), np.zeros(SLOTS, bool)
     state, tokens, *_ = decode(model, state, alive, closed)
     tokens = np.asarray(tokens)
@@ -113,15 +115,17 @@ def test_what_an_earlier_sequence_left_in_a_slot_changes_nothing(text):
     assert decode_run(text, clean, 7)[2] == decode_run(text, dirty, 7)[2]
 
 
-def test_few_slots_decode_as_all_do(text):
+def test_few_slots_and_short_caches_decode_as_the_whole_does(text):
     ids, positions, n = rows_of([5, 8], 8)
     tokens = {}
-    for slots in (2, SLOTS):
+    for slots, places in ((2, 16), (SLOTS, LENGTH)):
         state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
         state, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
             text, state, ids, positions, n, None, None, np.int32([0, 1]), n, control(2)
         )
-        decode = jax.jit(partial(programs.decode, slots=slots, steps=4, stops=PLAIN))
+        decode = jax.jit(
+            partial(programs.decode, slots=slots, places=places, steps=4, stops=PLAIN)
+        )
         alive, closed = np.ones(SLOTS, bool), np.zeros(SLOTS, bool)
         # Twice, so that what the first call put back is what the second one reads.
         state, one, *_ = decode(text, state, alive, closed)

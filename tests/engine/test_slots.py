@@ -238,7 +238,7 @@ def test_a_tokenizer_without_think_tokens_still_gets_one_close(tmp_path):
         family="qwen3",
         roles=["reasoner"],
         think_tags=False,
-        buckets={"prefill": [[1, 32]], "decode": [1]},
+        buckets={"prefill": [[1, 32]], "decode": [[1, 56]]},
     )
     with Reasoner.from_pretrained(directory) as role:
         (reasoning,) = role.reason([item("a cat")], 24)

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny_models
 from tte_jax.content import Content, Side
-from tte_jax.embedder import truncate
+from tte_jax.embedder import Embedder, truncate
 from tte_jax.errors import InternalError, InvalidInputError
 from tte_jax.stages import EmbedItem
 
@@ -97,3 +97,15 @@ def test_a_sequence_too_long_names_its_field_and_the_limit(embedder):
 
 def test_no_items_are_an_empty_matrix(embedder):
     assert embedder.embed([]).shape == (0, 64)
+
+
+def test_bfloat16_is_near_float32(embedder):
+    buckets = replace(embedder.served.buckets, embed=((4, 64),))
+    with Embedder.from_pretrained(
+        tiny_models.vl_dir(), dtype="bfloat16", buckets=buckets
+    ) as half:
+        vectors = half.embed(ITEMS)
+        assert vectors.dtype == np.float32
+        cosines = (vectors * embedder.embed(ITEMS)).sum(axis=1)
+        assert cosines.min() > 0.99
+        assert half.version == embedder.version

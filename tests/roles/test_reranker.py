@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +11,20 @@ from tte_jax.errors import InvalidInputError
 CANDIDATES = ["a cat", "the smiling dog face with a dark skin tone", "dog", "", "a cat"]
 
 
+LENGTH = 96
+
+
 @pytest.fixture(scope="module")
 def reranker():
     return tiny_models.reranker()
+
+
+@jax.jit
+def last_logits(model, ids, n):
+    """Logits after n tokens of one right-padded sequence."""
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (1, 3, LENGTH))
+    hidden, _ = model.forward(ids, valid=jnp.arange(LENGTH)[None] < n, positions=positions)
+    return model.logits(hidden[0, n - 1])
 
 
 def test_scores_equal_whole_unshared_sequences(reranker):
@@ -22,14 +34,8 @@ def test_scores_equal_whole_unshared_sequences(reranker):
     for score, candidate in zip(scores, CANDIDATES, strict=True):
         ids = np.concatenate(
             [prompts.rerank_prefix("a red cat").ids, prompts.rerank_suffix(candidate).ids]
-        )[None]
-        length = ids.shape[1]
-        hidden, _ = model.forward(
-            ids,
-            valid=jnp.ones((1, length), bool),
-            positions=np.broadcast_to(np.arange(length, dtype=np.int32), (1, 3, length)),
         )
-        logits = np.asarray(model.logits(hidden))[0, -1]
+        logits = np.asarray(last_logits(model, np.pad(ids, (0, LENGTH - len(ids)))[None], len(ids)))
         expected = 1 / (1 + np.exp(logits[prompts.no_id] - logits[prompts.yes_id]))
         assert score == pytest.approx(expected, abs=1e-5)
     assert scores.dtype == np.float32

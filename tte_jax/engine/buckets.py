@@ -28,8 +28,10 @@ class Buckets:
       embed: (b, T): b whole sequences of at most T tokens.
       prefix: S: tokens of a shared prefix (one query) of the reranker.
       score: (N, T): N candidates of at most T tokens behind one prefix.
-      decode: how many slots decode together: the largest is the number of slots, smaller ones run
-        when only the first few slots are taken (one query alone need not pay for all).
+      decode: (slots, S): the first slots over the first S places of their caches. The most slots
+        are the number of slots; smaller shapes run while few slots are taken (one query alone need
+        not pay for all) and while all sequences are short (reading the caches is much of a step).
+        The whole of it, (slots, `cache_length`), is always there.
       new_tokens: the largest token budget of one reasoning.
       decode_steps: tokens per slot and dispatch; also how late a cancellation is seen.
     """
@@ -39,13 +41,20 @@ class Buckets:
     embed: tuple[Shape, ...] = ()
     prefix: tuple[int, ...] = ()
     score: tuple[Shape, ...] = ()
-    decode: tuple[int, ...] = (4, 16)
+    decode: tuple[Shape, ...] = ((1, 112), (4, 112), (16, 112))
     new_tokens: int = 96
     decode_steps: int = 8
 
     @property
     def slots(self) -> int:
-        return max(self.decode)
+        return max(rows for rows, _ in self.decode)
+
+    @property
+    def decode_shapes(self) -> tuple[Shape, ...]:
+        """`decode` within the caches, the whole included, cheapest first."""
+        whole = (self.slots, self.cache_length)
+        shapes = {(rows, min(places, self.cache_length)) for rows, places in self.decode}
+        return tuple(sorted(shapes | {whole}, key=lambda shape: shape[0] * shape[1]))
 
     @property
     def cache_length(self) -> int:
@@ -83,6 +92,7 @@ FULL = Buckets(
     embed=((1, 512), (8, 1024), (2, 2560)),
     prefix=(512, 1024),
     score=((16, 512), (8, 1024)),
+    decode=((1, 1024), (4, 1024), (16, 1024)),
     new_tokens=512,
 )
 """Real checkpoints (2B, 7B) on an accelerator."""
@@ -170,7 +180,7 @@ def _parse(key: str, value: Any, *, like: Any) -> Any:
         return positive(value)
     if not isinstance(value, list | tuple):
         raise PreconditionError(f"buckets.{key}: expected a list, got {value!r}")
-    if key in ("prefix", "decode"):
+    if key == "prefix":
         return tuple(positive(x) for x in value)
     for pair in value:
         if not isinstance(pair, list | tuple) or len(pair) != 2:

@@ -191,22 +191,26 @@ def decode(
     closed: Bool[Array, " B"],
     *,
     slots: int,
+    places: int,
     steps: int,
     stops: Stops,
 ) -> tuple[DecodeState, Int[Array, "k B"], Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
-    """`steps` tokens for the first `slots` slots.
+    """`steps` tokens for the first `slots` slots, over the first `places` places of their caches.
+
+    Reading the caches is a large part of a step, so short sequences should not pay for long ones.
 
     Args:
       state: donated.
       alive: False stops a slot: its caller has gone.
       closed: True where the host saw in the text that thinking is over (a tokenizer may spell
         the tag in other tokens than `close_tag`).
+      places: at least the length of every live sequence among them after these steps.
 
     Returns:
       The new state; tokens, `NO_TOKEN` where a slot was done already; and after the last step:
       `forced`, `done`, `failed`.
     """
-    part = _rows(state, slots)
+    part = _view(state, slots, places)
     part = replace(
         part,
         control=replace(
@@ -239,7 +243,7 @@ def decode(
 
     part, tokens = jax.lax.scan(step, part, None, length=steps)
     c = part.control
-    return _put_rows(state, part), tokens, c.forced, c.done, c.failed
+    return _put_back(state, part), tokens, c.forced, c.done, c.failed
 
 
 def empty_state(
@@ -280,25 +284,25 @@ def _last(hidden: Array, n: Array) -> Array:
     return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(n - 1, 0)]
 
 
-def _rows(state: DecodeState, slots: int) -> DecodeState:
-    if slots == state.length.shape[0]:
+def _view(state: DecodeState, slots: int, places: int) -> DecodeState:
+    if state.k.shape[1:3] == (slots, places):
         return state
     return DecodeState(
-        k=state.k[:, :slots],
-        v=state.v[:, :slots],
+        k=state.k[:, :slots, :places],
+        v=state.v[:, :slots, :places],
         length=state.length[:slots],
         next_pos=state.next_pos[:slots],
         control=jax.tree.map(lambda x: x[:slots], state.control),
     )
 
 
-def _put_rows(state: DecodeState, part: DecodeState) -> DecodeState:
-    slots = part.length.shape[0]
-    if slots == state.length.shape[0]:
+def _put_back(state: DecodeState, part: DecodeState) -> DecodeState:
+    if part.k.shape == state.k.shape:
         return part
+    slots, places = part.k.shape[1:3]
     return DecodeState(
-        k=state.k.at[:, :slots].set(part.k),
-        v=state.v.at[:, :slots].set(part.v),
+        k=state.k.at[:, :slots, :places].set(part.k),
+        v=state.v.at[:, :slots, :places].set(part.v),
         length=state.length.at[:slots].set(part.length),
         next_pos=state.next_pos.at[:slots].set(part.next_pos),
         control=jax.tree.map(lambda x, y: x.at[:slots].set(y), state.control, part.control),

@@ -134,6 +134,7 @@ class DecodeLoop:
         self._table = table
         self._model = model
         self._buckets = buckets
+        self._shapes = buckets.decode_shapes
         self._vision = vision
         self._is_closed = is_closed
         self.queue = RequestQueue() if queue is None else queue
@@ -158,7 +159,7 @@ class DecodeLoop:
     def start(self) -> None:
         """Allocates the caches and starts the thread; after the table's warm-up. Idempotent."""
         if self._thread is None:
-            self._state = self._empty_state()
+            self._state = self._empty_state()  # now, so that too little memory is seen at once
             self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
             self._thread.start()
 
@@ -209,11 +210,13 @@ class DecodeLoop:
                 jax.tree.map(lambda x, rows=rows: array(x.dtype, rows), state.control),
                 donate=(0,),
             )
-        for slots in sorted(set(b.decode)):
+        for slots, places in b.decode_shapes:
             self._table.add(
                 "decode",
-                (slots, b.decode_steps),
-                partial(programs.decode, slots=slots, steps=b.decode_steps, stops=stops),
+                (slots, places),
+                partial(
+                    programs.decode, slots=slots, places=places, steps=b.decode_steps, stops=stops
+                ),
                 state,
                 array(jnp.bool_, b.slots),
                 array(jnp.bool_, b.slots),
@@ -247,7 +250,7 @@ class DecodeLoop:
                 # What was on the device is lost with its caches; the thread goes on.
                 log.exception("a decode round failed")
                 self._fail_all(as_tte(error))
-                self._state = self._empty_state()
+                self._state = None
 
     def _reap(self) -> None:
         now = time.monotonic()
@@ -270,6 +273,7 @@ class DecodeLoop:
 
     def _admit(self, entries: list[Entry], free: list[int]) -> None:
         try:
+            self._state = self._state or self._empty_state()
             plan = plan_batches(
                 [e.payload.input.tokens for e in entries], self._buckets.prefill, what="the prompt"
             )
@@ -336,10 +340,16 @@ class DecodeLoop:
         alive = np.array([o is not None for o in self._slots])
         closed = np.array([o is not None and o.closed for o in self._slots])
         used = int(np.flatnonzero(alive)[-1]) + 1
-        slots = min(s for s in self._buckets.decode if s >= used)
+        steps = self._buckets.decode_steps
+        needed = max(o.job.input.tokens + len(o.tokens) + steps for o in self._slots if o)
+        # The whole always fits: a sequence ends at its budget, whatever steps are left.
+        shape = next(
+            (s for s in self._shapes if s[0] >= used and s[1] >= needed), self._shapes[-1]
+        )
+        slots, _ = shape
         start = time.monotonic()
         self._state, tokens, forced, done, failed = self._table.run(
-            "decode", (slots, self._buckets.decode_steps), self._state, alive, closed
+            "decode", shape, self._state, alive, closed
         )
         tokens, forced, done, failed = jax.device_get((tokens, forced, done, failed))
         self.stats.dispatches += 1
@@ -395,7 +405,8 @@ class DecodeLoop:
                 self._slots[slot] = None
 
     def _state_lost(self) -> bool:
-        return any(x.is_deleted() for x in jax.tree.leaves(self._state))
+        """Whether a program failed after it had taken the donated caches."""
+        return self._state is None or any(x.is_deleted() for x in jax.tree.leaves(self._state))
 
 
 def _control(jobs: Sequence[Job], rows: int) -> Control:
