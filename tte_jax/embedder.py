@@ -157,9 +157,7 @@ class Embedder(Role):
             self.queue.put(entries, wait=wait)
         return [e.future for e in entries]
 
-    def collect(
-        self, embedded: Sequence[Embedded], dimension: int = 0
-    ) -> tuple[np.ndarray, Usage]:
+    def collect(self, embedded: Sequence[Embedded], dimension: int = 0) -> tuple[np.ndarray, Usage]:
         """Results of one request as a matrix, cut to `dimension`, and their usage."""
         vectors = np.zeros((len(embedded), self.dimension), np.float32)
         for row, one in enumerate(embedded):
@@ -199,18 +197,14 @@ class Embedder(Role):
             vis, vis_idx = place_features(
                 inputs, (rows, tokens), features, width=self.dimension, dtype=self._dtype
             )
-        z = np.asarray(
-            self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx)
-        )
+        z = np.asarray(self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx))
         spent = time.monotonic() - start
         merged = self.served.config.vision.merged if self.served.config.vision else 1
         out: list[Any] = []
         for row, (entry, one) in enumerate(zip(entries, inputs, strict=True)):
             if not np.isfinite(z[row]).all():
                 out.append(
-                    InternalError(
-                        "the embedder produced a vector that is not finite", reason="NAN"
-                    )
+                    InternalError("the embedder produced a vector that is not finite", reason="NAN")
                 )
                 continue
             cached = sum(len(i.patches) // merged for i in one.images if i.key in known)

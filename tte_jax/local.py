@@ -48,9 +48,7 @@ class LocalReasoner:
         async with _within(timeout_s) as deadline:
             futures = await self._start(items, max_tokens, sampling, deadline, None)
             finished = await _gather(futures)
-        return [f.reasoning for f in finished], total(
-            self.role.stage, self.role.version, finished
-        )
+        return [f.reasoning for f in finished], total(self.role.stage, self.role.version, finished)
 
     async def stream(
         self,

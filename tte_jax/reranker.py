@@ -71,9 +71,7 @@ class Reranker(Role):
             prefix_cache_bytes, lambda kv: kv.k.nbytes + kv.v.nbytes
         )
         dtype = served.model.text.norm_d[...].dtype
-        score = partial(
-            programs.score, yes_id=served.prompts.yes_id, no_id=served.prompts.no_id
-        )
+        score = partial(programs.score, yes_id=served.prompts.yes_id, no_id=served.prompts.no_id)
 
         def ints(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -99,9 +97,7 @@ class Reranker(Role):
     def max_sequence_tokens(self) -> int:
         return max(self._prefixes) + longest(self._shapes)
 
-    def score(
-        self, query: str, candidates: Sequence[str], instruction: str = ""
-    ) -> np.ndarray:
+    def score(self, query: str, candidates: Sequence[str], instruction: str = "") -> np.ndarray:
         """[N] float32 P(yes) in [0, 1], in the candidates' order. Blocking.
 
         Args:
@@ -170,9 +166,7 @@ class Reranker(Role):
         self.require_ready()
         entries = []
         for job in jobs:
-            tokens = smallest(
-                job.suffix.tokens, (t for _, t in self._shapes), what="the candidate"
-            )
+            tokens = smallest(job.suffix.tokens, (t for _, t in self._shapes), what="the candidate")
             entries.append(
                 Entry(
                     job,

@@ -123,9 +123,7 @@ def test_few_slots_and_short_caches_decode_as_the_whole_does(text):
         state, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
             text, state, ids, positions, n, None, None, np.int32([0, 1]), n, control(2)
         )
-        decode = jax.jit(
-            partial(programs.decode, slots=slots, places=places, steps=4, stops=PLAIN)
-        )
+        decode = jax.jit(partial(programs.decode, slots=slots, places=places, steps=4, stops=PLAIN))
         alive, closed = np.ones(SLOTS, bool), np.zeros(SLOTS, bool)
         # Twice, so that what the first call put back is what the second one reads.
         state, one, *_ = decode(text, state, alive, closed)

@@ -101,9 +101,7 @@ def test_no_items_are_an_empty_matrix(embedder):
 
 def test_bfloat16_is_near_float32(embedder):
     buckets = replace(embedder.served.buckets, embed=((4, 64),))
-    with Embedder.from_pretrained(
-        tiny_models.vl_dir(), dtype="bfloat16", buckets=buckets
-    ) as half:
+    with Embedder.from_pretrained(tiny_models.vl_dir(), dtype="bfloat16", buckets=buckets) as half:
         vectors = half.embed(ITEMS)
         assert vectors.dtype == np.float32
         cosines = (vectors * embedder.embed(ITEMS)).sum(axis=1)

@@ -131,9 +131,7 @@ async def test_one_bad_input_fails_the_request_and_leaves_nothing_behind():
 async def test_the_loop_turns_while_the_device_is_busy(held):
     role = tiny_models.embedder()
     entered, release = held(role)
-    task = asyncio.create_task(
-        LocalEmbedder(role).embed([EmbedItem(CAT.content, Side.QUERY)])
-    )
+    task = asyncio.create_task(LocalEmbedder(role).embed([EmbedItem(CAT.content, Side.QUERY)]))
     await asyncio.to_thread(entered.wait, WAIT_S)
     for _ in range(100):  # would hang here if the loop waited for the device
         await asyncio.sleep(0)

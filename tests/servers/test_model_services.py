@@ -74,9 +74,7 @@ async def running(service: str) -> AsyncIterator[Running]:
         return made[0]
 
     task = asyncio.create_task(
-        runtime.serve(
-            settings(service, directory()), create, stop=stop, ready=port.set_result
-        )
+        runtime.serve(settings(service, directory()), create, stop=stop, ready=port.set_result)
     )
     await asyncio.wait({task, port}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -90,9 +88,7 @@ async def running(service: str) -> AsyncIterator[Running]:
 
 
 def content(text: str = "", *images: int) -> content_pb2.Content:
-    parts = [
-        content_pb2.Part(image=content_pb2.Image(data=tiny_models.png(i))) for i in images
-    ]
+    parts = [content_pb2.Part(image=content_pb2.Image(data=tiny_models.png(i))) for i in images]
     return content_pb2.Content(parts=[*parts, *([content_pb2.Part(text=text)] if text else [])])
 
 
@@ -119,9 +115,7 @@ async def test_reason_streams_deltas_results_and_usage():
         events = [e async for e in r.stub.Reason(request)]
         assert [e.WhichOneof("event") for e in events].count("usage") == 1
         assert events[-1].WhichOneof("event") == "usage"
-        results = {
-            e.result.input_index: e.result.reasoning for e in events if e.HasField("result")
-        }
+        results = {e.result.input_index: e.result.reasoning for e in events if e.HasField("result")}
         expected = tiny_models.reasoner().reason(
             [
                 ReasonItem(Content.of("a cat"), Side.QUERY),
@@ -173,9 +167,7 @@ async def test_bad_reason_requests_are_refused_with_their_field():
                 "inputs[1].content.parts[0]",
             ),
             (
-                reason_request(
-                    reasoner_pb2.ReasonInput(content=content("cat " * 200), side=QUERY)
-                ),
+                reason_request(reasoner_pb2.ReasonInput(content=content("cat " * 200), side=QUERY)),
                 "inputs[0].content",
             ),
         ]

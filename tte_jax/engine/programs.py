@@ -312,9 +312,9 @@ def _put_back(state: DecodeState, part: DecodeState) -> DecodeState:
 def advance(c: Control, logits: Float[Array, "B V"], stops: Stops) -> tuple[Array, Control]:
     """The next token of each slot and the control values after it; done slots stay as they are.
 
-        generated   0 .. close_at-1     thinking: the model's own tokens
-                    close_at ..         `</think>\\nAnswer:` unless the model closed it itself
-                    .. limit            the answer; done at a stop token or at the limit
+    generated   0 .. close_at-1     thinking: the model's own tokens
+                close_at ..         `</think>\\nAnswer:` unless the model closed it itself
+                .. limit            the answer; done at a stop token or at the limit
     """
     token = _choose(c, logits)
     length = len(stops.forced_close)

@@ -73,9 +73,7 @@ def open_model(
     """
     path = Path(directory).expanduser()
     if dtype not in DTYPES:
-        raise InvalidInputError(
-            f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", field="dtype"
-        )
+        raise InvalidInputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", field="dtype")
     if not path.is_dir():
         raise NotFoundError(
             f"no model directory at {path}: expected a directory with config.json, "

@@ -234,9 +234,7 @@ class DecodeLoop:
                 free = [i for i, o in enumerate(self._slots) if o is None]
                 idle = len(free) == len(self._slots)
                 if free:
-                    entries = self.queue.take(
-                        max_entries=len(free), block=idle, same_group=False
-                    )
+                    entries = self.queue.take(max_entries=len(free), block=idle, same_group=False)
                     if entries:
                         self._admit(entries, free)
                     elif idle and self.queue.closed:
@@ -343,9 +341,7 @@ class DecodeLoop:
         steps = self._buckets.decode_steps
         needed = max(o.job.input.tokens + len(o.tokens) + steps for o in self._slots if o)
         # The whole always fits: a sequence ends at its budget, whatever steps are left.
-        shape = next(
-            (s for s in self._shapes if s[0] >= used and s[1] >= needed), self._shapes[-1]
-        )
+        shape = next((s for s in self._shapes if s[0] >= used and s[1] >= needed), self._shapes[-1])
         slots, _ = shape
         start = time.monotonic()
         self._state, tokens, forced, done, failed = self._table.run(
