@@ -25,7 +25,7 @@ from tte_jax.stages import ReasonItem
 
 GRID = (1, 8, 8)  # 112 x 112 pixels in patches of 14
 FEATURES = 16  # merged patches of one picture
-ECR_ROOM = 36  # tokens of an ECR with its <|im_end|>; the longest has 35
+ECR_ROOM = 32  # tokens of an ECR that are learnt; one in a hundred has up to four more
 _PICTURE = Media(b"picture")
 
 
@@ -57,13 +57,17 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step. Queries are ordered text, image, composed; document i answers query i.
+    """One step. Queries are ordered text, image, composed.
+
+    The first documents answer a text query each, and some of them an image query as well; the rest
+    answer the composed queries.
 
     Attributes:
       pictures: [M, 112, 112, 3] uint8: documents, then image queries, then composed queries.
       picture_concepts: [M] int32.
       documents, text, image, composed: the sequences of each group.
       concepts: [B] int32 concept of each document.
+      answers: [Q] int32 document of each query.
     """
 
     pictures: np.ndarray
@@ -73,15 +77,16 @@ class Batch:
     image: Sequences
     composed: Sequences
     concepts: np.ndarray
+    answers: np.ndarray
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How many queries of each kind a batch has, and how often an ECR is a wrong one."""
+    """Queries of each kind in a batch (image ≤ text), and how often an ECR is a wrong one."""
 
-    text: int = 36
+    text: int = 40
     image: int = 24
-    composed: int = 36
+    composed: int = 32
     corrupt: float = 0.25
     corrupt_text: float = 0.1
 
@@ -135,8 +140,8 @@ class PairSource:
         for row, (prompt, truth, show) in enumerate(zip(prompts, truths, shown, strict=True)):
             n = len(prompt.ids)
             ecr = [*self._encode_ecr(show), self._end]
-            right = [*self._encode_ecr(truth), self._end]
-            if n + len(ecr) + 1 > room or len(right) > ECR_ROOM:
+            right = [*self._encode_ecr(truth), self._end][:ECR_ROOM]
+            if n + len(ecr) + 1 > room:
                 raise ValueError(f"{n + len(ecr) + 1} tokens do not fit into {room}: {show!r}")
             ids[row, :n] = prompt.ids
             ids[row, n : n + len(ecr)] = ecr
@@ -187,38 +192,42 @@ class PairSource:
 
     def _batch(self, rng: np.random.Generator, mix: Mix) -> Batch:
         concept_of = self._concept
-        plain = self._draw(mix.text + mix.image, rng)
+        plain = [int(i) for i in self._draw(mix.text, rng)]
         pairs = self._changes(mix.composed, rng)
-        answers = np.concatenate([plain, [target for _, target in pairs]]).astype(int)
-        documents = [concept_of(i) for i in answers]
-        rows = [sampling.pick_row(self._table, int(i), rng) for i in answers]
-        looks = plain[mix.text :]
-        rows += [sampling.pick_row(self._table, int(i), rng) for i in looks]
+        looks = plain[: mix.image]
+        answers = plain + [target for _, target in pairs]
+        rows = [sampling.pick_row(self._table, i, rng) for i in answers]
+        rows += [sampling.pick_row(self._table, i, rng) for i in looks]
         rows += [sampling.pick_row(self._table, source, rng) for source, _ in pairs]
-
-        picture = self._prompt("", True)
-        truths = [self.reasonings.of(c) for c in documents]
-        wrong = [self._maybe_wrong(int(i), mix.corrupt, rng) for i in answers]
-        text_prompts = [self._text_prompt(concept_of(int(i)), rng) for i in plain[: mix.text]]
-        text_wrong = [self._maybe_wrong(int(i), mix.corrupt_text, rng) for i in plain[: mix.text]]
         asked = [
             self._prompt(texts.change_query(concept_of(s), concept_of(t), rng), True)
             for s, t in pairs
         ]
-        seen = [self._maybe_wrong(int(i), mix.corrupt, rng) for i in looks]
-        meant = [self._maybe_wrong(t, mix.corrupt, rng) for _, t in pairs]
-        first, second = len(documents), len(documents) + len(looks)
+        typed = [self._text_prompt(concept_of(i), rng) for i in plain]
+        picture = self._prompt("", True)
+        truths = [self.reasonings.of(concept_of(i)) for i in answers]
+
+        def shown(indices: list[int], rate: float) -> list[str]:
+            return [self._maybe_wrong(i, rate, rng) for i in indices]
+
+        def group(prompts: list[Prompt], start: int, rate: float, room: int, first: int | None):
+            end = start + len(prompts)
+            ecrs = shown(answers[start:end], rate)
+            return self.sequences(prompts, truths[start:end], ecrs, room, first)
+
+        count = len(answers)
         pictures = np.asarray(rows)
         return Batch(
             pictures=self._data.images[pictures],
             picture_concepts=self._data.concept_ids[pictures],
-            documents=self.sequences([picture] * len(documents), truths, wrong, 66, 0),
-            text=self.sequences(text_prompts, truths[: mix.text], text_wrong, 66, None),
-            image=self.sequences(
-                [picture] * len(looks), truths[mix.text : len(plain)], seen, 66, first
-            ),
-            composed=self.sequences(asked, truths[len(plain) :], meant, 78, second),
+            documents=group([picture] * count, 0, mix.corrupt, 66, 0),
+            text=group(typed, 0, mix.corrupt_text, 60, None),
+            image=group([picture] * len(looks), 0, mix.corrupt, 66, count),
+            composed=group(asked, len(plain), mix.corrupt, 78, count + len(looks)),
             concepts=self._table.concepts[answers],
+            answers=np.concatenate(
+                [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]
+            ).astype(np.int32),
         )
 
     def _concept(self, index: int) -> Concept:
@@ -227,7 +236,7 @@ class PairSource:
     def _text_prompt(self, concept: Concept, rng: np.random.Generator) -> Prompt:
         for _ in range(20):
             prompt = self._prompt(texts.text_query(concept, rng), False)
-            if len(prompt.ids) <= 29:
+            if len(prompt.ids) <= 24:
                 return prompt
         return self._prompt(texts.label(concept), False)
 

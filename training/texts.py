@@ -41,7 +41,8 @@ class Reasonings:
         name = set(label(concept).replace(",", " ").split())
         tags = [t.lower() for t in concept.tags if t.lower() not in name]
         tags.sort(key=lambda t: (-self._shared[t], t))
-        cues = tags[:MAX_CUES]
+        # Couples have labels of a dozen words; fewer cues keep every ECR about as long.
+        cues = tags[: 1 if len(name) > 7 else MAX_CUES]
         if concept.gender in ("man", "woman"):
             cues.append(concept.gender)
         if concept.skin != "none":

@@ -116,15 +116,27 @@ def run(model: MultimodalLM, group: Sequences, vis: Array) -> tuple[Array, Array
     return with_ecr, l2_normalise(hidden[:, -1]), jnp.sum(nll * group.weights)
 
 
-def contrast(queries: Array, documents: Array, scale: Array, concepts: Array) -> Array:
-    """Symmetric InfoNCE in float32; other rows of the same concept do not count as negatives."""
+def contrast(
+    queries: Array, documents: Array, scale: Array, concepts: Array, answers: Array
+) -> Array:
+    """Symmetric InfoNCE in float32; other documents of the same concept are no negatives.
+
+    Args:
+      queries: [Q D], L2-normalised.
+      documents: [B D], L2-normalised.
+      scale: inverse temperature.
+      concepts: [B] of each document.
+      answers: [Q] document of each query; several queries may share one.
+    """
     logits = scale * jnp.matmul(queries, documents.T, preferred_element_type=jnp.float32)
-    same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
-    logits = jnp.where(same, -1e9, logits)
-    labels = jnp.arange(len(concepts))
-    forward = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    backward = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
-    return 0.5 * (forward + backward).mean()
+    same = concepts[answers][:, None] == concepts[None, :]
+    right = answers[:, None] == jnp.arange(len(concepts))[None, :]
+    logits = jnp.where(same & ~right, -1e9, logits)
+    forward = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
+    over_queries = jax.nn.log_softmax(logits, axis=0)
+    share = right / right.sum(0, keepdims=True)
+    backward = -jnp.sum(over_queries * share, axis=0)
+    return 0.5 * (forward.mean() + backward.mean())
 
 
 jax.tree_util.register_dataclass(Sequences)
@@ -182,14 +194,14 @@ def main(config: Config) -> None:
         qw, qn = jnp.concatenate(q_with), jnp.concatenate(q_none)
         concepts = batch.concepts
         losses = {
-            "with": contrast(qw, d_with, scale, concepts),
-            "none": contrast(qn, d_none, scale, concepts),
-            "mixed": contrast(qn, d_with, scale, concepts),
+            "with": contrast(qw, d_with, scale, concepts, batch.answers),
+            "none": contrast(qn, d_none, scale, concepts, batch.answers),
+            "mixed": contrast(qn, d_with, scale, concepts, batch.answers),
             "lm": lm / weights,
         }
         total = losses["with"] + losses["none"] + 0.5 * losses["mixed"]
         total += config.lm_weight * losses["lm"]
-        hit = (jnp.matmul(qn, d_none.T).argmax(1) == jnp.arange(len(qn))).mean()
+        hit = (jnp.matmul(qn, d_none.T).argmax(1) == batch.answers).mean()
         return total, {**losses, "hit_none": hit, "scale": scale}
 
     @jax.jit(donate_argnums=(0, 1))
