@@ -19,6 +19,7 @@ from flax import nnx
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests import compile_cache
 from tte_jax.embedder import Embedder
 from tte_jax.engine.executables import enable_compile_cache
 from tte_jax.engine.role import Role
@@ -170,11 +171,10 @@ def png(seed: int, width: int = 56, height: int = 56) -> bytes:
 
 @cache
 def root() -> Path:
-    """A directory of this test session, gone at its end; also the home of the compile cache."""
+    """A directory of this test session, gone at its end."""
     path = Path(tempfile.mkdtemp(prefix="tte-tiny-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    # Every fixture that opens the same tiny model compiles the same programs.
-    enable_compile_cache(path / "compile-cache")
+    enable_compile_cache(compile_cache.directory())
     return path
 
 

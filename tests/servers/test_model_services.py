@@ -20,7 +20,7 @@ from servers import reasoner as reasoner_server
 from servers import reranker as reranker_server
 from servers import runtime
 from servers.settings import Settings
-from tests import tiny_models
+from tests import compile_cache, tiny_models
 from tte.v1 import (
     content_pb2,
     embedder_pb2,
@@ -57,7 +57,7 @@ def settings(service: str, directory: Path, **values: Any) -> Settings:
         service=service,
         port=0,
         grace_s=5.0,
-        compile_cache=str(tiny_models.root() / "compile-cache"),
+        compile_cache=str(compile_cache.directory()),
         **{f"{service}_model": str(directory)},
         **values,
     )
