@@ -1,0 +1,165 @@
+"""Fills the tables of the documentation from measured results and from the code, never by hand.
+
+    python -m benchmarks.tables            rewrite the pages
+    python -m benchmarks.tables --check    exit code 1 when a page is not what would be written
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Where its result file does not
+exist yet, a line says which command makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import code_tables, quality_tables
+from benchmarks.environment import ROOT
+from benchmarks.markdown import table
+
+PAGES = ("README.md", "docs/builtin_models.md", "docs/operations.md")
+_SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table of a result file: its name under `benchmarks/results/`, the command that makes it,
+    and what turns it into Markdown."""
+
+    file: str
+    command: str
+    render: Callable[[Mapping[str, Any]], str]
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """One client: p50 / p95 of each kind of query, then p50 by stage."""
+    kinds = result["clients"]["1"]["kinds"]
+    stages = list(dict.fromkeys(s for k in kinds.values() for s in k["stages"]))
+    rows = []
+    for kind, figures in kinds.items():
+        times = [_pair(figures[name]) for name in ("first_ranking", "final")]
+        used = figures["stages"]
+        walls = [f"{used[s]['wall']['p50_ms']:.0f}" if s in used else "–" for s in stages]
+        tokens = used.get("reason", {}).get("tokens_out", 0)
+        rows.append([kind, *times, *walls, f"{tokens:.0f}"])
+    head = ["query", "first ranking, p50 / p95 ms", "final, p50 / p95 ms",
+            *(f"{s}, p50 ms" for s in stages), "tokens reasoned"]  # fmt: skip
+    return table(head, rows) + _footnote(result)
+
+
+def load(result: Mapping[str, Any]) -> str:
+    """Closed loop: how throughput and latency go with the number of clients."""
+    rows = []
+    for clients, figures in result["clients"].items():
+        everything = figures["all"]
+        times = [_pair(everything[name]) for name in ("first_ranking", "final")]
+        queries = everything["queries"]
+        rows.append([clients, f"{figures['queries_per_s']:.1f}", *times, str(queries)])
+    head = ["clients", "queries/s", "first ranking, p50 / p95 ms", "final, p50 / p95 ms", "queries"]
+    during = sum(result["compile_counts"]["during"].values())
+    return table(head, rows) + f"\nPrograms compiled while serving these: {during}.\n"
+
+
+def startup(result: Mapping[str, Any]) -> str:
+    """Both starts in seconds."""
+    rows = [
+        [name, *(f"{result[name][key]:.1f}" for key in ("serving_s", "corpus_s", "first_answer_s"))]
+        for name in ("first", "second")
+    ]
+    head = ["start", "all SERVING, s", f"{result['documents']:,} documents searchable, s",
+            "first query answered, s"]  # fmt: skip
+    return table(head, rows) + _footnote(result)
+
+
+MEASURED = {
+    "latency": Measured("search.json", "python -m benchmarks.search", latency),
+    "load": Measured("search.json", "python -m benchmarks.search", load),
+    "startup": Measured("startup.json", "python -m benchmarks.startup", startup),
+    "quality-summary": Measured(
+        "builtin_quality.json", "python -m training.evaluate", quality_tables.summary
+    ),
+    "quality": Measured("builtin_quality.json", "python -m training.evaluate", quality_tables.full),
+}
+FROM_CODE: Mapping[str, Callable[[], str]] = {
+    "held-out": quality_tables.held_out,
+    "settings": code_tables.settings,
+    "ports": code_tables.ports,
+    "limits": code_tables.limits_,
+    "errors": code_tables.errors_,
+    "exit-codes": code_tables.exit_codes,
+}
+
+
+def render(name: str, results: Path) -> str:
+    """The Markdown of one table. Raises KeyError for a name that is none."""
+    if name in FROM_CODE:
+        return FROM_CODE[name]()
+    measured = MEASURED[name]
+    path = results / measured.file
+    if not path.is_file():
+        return f"*Not measured yet: `{measured.command}` makes this table.*\n"
+    return measured.render(json.loads(path.read_text()))
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with every table as it should be.
+
+    Raises ValueError for a table of an unknown name and for a marker without its end.
+    """
+    starts, ends = page.count("<!-- table:"), page.count("<!-- /table -->")
+    if not len(_SECTION.findall(page)) == starts == ends:
+        raise ValueError(
+            f"{starts} `<!-- table:NAME -->` but {ends} `<!-- /table -->` of their own"
+        )
+
+    def replace(match: re.Match[str]) -> str:
+        try:
+            return match[1] + render(match[2], results) + match[3]
+        except KeyError as error:
+            if match[2] in MEASURED:
+                raise ValueError(f"{MEASURED[match[2]].file} lacks {error}") from error
+            known = ", ".join((*MEASURED, *FROM_CODE))
+            raise ValueError(f"no table is called {match[2]!r}; there are {known}") from None
+
+    return _SECTION.sub(replace, page)
+
+
+def stale(root: Path = ROOT, pages: Iterable[str] = PAGES) -> dict[Path, str]:
+    """Page → what it should hold, of the pages that hold something else."""
+    results = root / "benchmarks/results"
+    wanted = {root / name: filled((root / name).read_text(), results) for name in pages}
+    return {path: text for path, text in wanted.items() if path.read_text() != text}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
+    parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    check = parser.parse_args(arguments).check
+    found = stale()
+    for path, text in found.items():
+        if not check:
+            path.write_text(text)
+        print(f"{path.relative_to(ROOT)}: {'not as the results say' if check else 'rewritten'}")
+    return 1 if check and found else 0
+
+
+def _pair(spread: Mapping[str, float]) -> str:
+    return f"{spread['p50_ms']:.0f} / {spread['p95_ms']:.0f}"
+
+
+def _footnote(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    noisy = " **Other work ran on the machine meanwhile.**" if result["noisy"] else ""
+    return (
+        f"\n`{result['command']}`, {result['date']}, commit {result['commit']}, {machine['cores']} "
+        f"cores ({machine['cpu']}), jax {result['versions']['jax']}.{noisy}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The documentation's tables say what the committed results and the code say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import code_tables, tables
+from benchmarks.markdown import table
+from tte_jax import limits
+
+
+def spread(p50: float, p95: float) -> dict[str, float]:
+    return {"p50_ms": p50, "p95_ms": p95, "mean_ms": p50}
+
+
+ABOUT: dict[str, Any] = {
+    "command": "python -m benchmarks.search", "date": "2026-01-02", "commit": "abc",
+    "machine": {"cores": 2, "cpu": "Some CPU"}, "versions": {"jax": "0.1"}, "noisy": False,
+}  # fmt: skip
+KIND = {
+    "queries": 3, "first_ranking": spread(10.4, 20.6), "final": spread(30, 40),
+    "stages": {
+        "reason": {"wall": spread(5, 6), "tokens_out": 12.4},
+        "rerank": {"wall": spread(7, 8), "tokens_out": 0.0},
+    },
+}  # fmt: skip
+LOAD = {"queries_per_s": 6.25, "all": KIND, "kinds": {"text": KIND}}
+SEARCH = ABOUT | {"clients": {"1": LOAD, "4": LOAD}, "compile_counts": {"during": {"embedder": 0}}}
+HITS = {"hit@1": 0.5, "hit@1_ci95": [0.4, 0.6], "hit@10": 0.9, "hit@10_ci95": [0.8, 1.0]}
+QUALITY = {
+    "command": "python -m training.evaluate", "budget": 64, "rerank_depth": 10,
+    "models": {"reasoner": "m@1", "embedder": "m@1", "reranker": None},
+    "tasks": {
+        "text": {
+            "chance": {"hit@1": 0.01, "hit@10": 0.1},
+            "none": {**HITS, "hit@1": 0.25, "by": {"unseen concept": {**HITS, "queries": 7}}},
+            "ecr": {**HITS, "by": {}},
+            "about": {"queries": 20, "pool": 1594},
+        }
+    },
+}  # fmt: skip
+
+
+def test_committed_pages_hold_what_the_committed_results_say() -> None:
+    assert [str(path) for path in tables.stale()] == [], "run `python -m benchmarks.tables`"
+
+
+def test_every_table_stands_on_some_page() -> None:
+    pages = "".join((tables.ROOT / page).read_text() for page in tables.PAGES)
+    for name in (*tables.MEASURED, *tables.FROM_CODE):
+        assert f"<!-- table:{name} -->" in pages
+
+
+def test_a_missing_result_leaves_the_command_that_makes_it(tmp_path: Path) -> None:
+    page = "a\n<!-- table:startup -->\nold\n<!-- /table -->\nb\n"
+    text = tables.filled(page, tmp_path)
+    assert "python -m benchmarks.startup" in text and "old" not in text
+    assert text.startswith("a\n<!--") and text.endswith("<!-- /table -->\nb\n")
+    assert tables.filled(text, tmp_path) == text
+
+
+def test_latency_shows_quantiles_stages_and_where_they_were_measured(tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(json.dumps(SEARCH))
+    text = tables.render("latency", tmp_path)
+    assert "| text | 10 / 21 | 30 / 40 | 5 | 7 | 12 |" in text
+    assert "abc" in text and "Some CPU" in text and "meanwhile" not in text
+    (tmp_path / "search.json").write_text(json.dumps(SEARCH | {"noisy": True}))
+    assert "Other work ran on the machine meanwhile" in tables.render("latency", tmp_path)
+
+
+def test_load_has_a_row_for_each_number_of_clients(tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(json.dumps(SEARCH))
+    text = tables.render("load", tmp_path)
+    assert "| 1 | 6.2 |" in text and "| 4 | 6.2 |" in text
+    assert "compiled while serving these: 0" in text
+
+
+def test_quality_shows_what_reasoning_is_worth_and_missing_arms_as_missing(tmp_path: Path) -> None:
+    (tmp_path / "builtin_quality.json").write_text(json.dumps(QUALITY))
+    text = tables.render("quality-summary", tmp_path)
+    cells = "| text | 1,594 | 0.010 / 0.100 | 0.250 / 0.900 | 0.500 / 0.900 | – | +25.0 |"
+    assert cells in text
+    text = tables.render("quality", tmp_path)
+    assert "| · unseen concept | 0.500 (0.400 to 0.600) |" in text and "| 7 |" in text
+    assert "`m@1`" in text and "None" not in text
+
+
+def test_a_result_of_another_shape_is_named(tmp_path: Path) -> None:
+    (tmp_path / "startup.json").write_text("{}")
+    with pytest.raises(ValueError, match="startup.json lacks 'first'"):
+        tables.filled("<!-- table:startup -->\n<!-- /table -->\n", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- table:nothing -->\n<!-- /table -->\n", "no table is called 'nothing'"),
+        ("<!-- table:startup -->\n", "1 `<!-- table:NAME -->` but 0"),
+        ("<!-- table:load -->\n<!-- table:startup -->\n<!-- /table -->\n", "2 .* but 1"),
+    ],
+)
+def test_wrong_markers_are_errors(page: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tables.filled(page, tmp_path)
+
+
+def test_a_limit_without_a_description_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_NEW_THINGS", 3, raising=False)
+    with pytest.raises(ValueError, match="MAX_NEW_THINGS"):
+        code_tables.limits_()
+
+
+def test_cells_are_escaped_and_counted() -> None:
+    assert "a \\| b" in table(["x"], [["a | b"]])
+    with pytest.raises(ValueError, match="expected 1 cells, got 2"):
+        table(["x"], [["a", "b"]])

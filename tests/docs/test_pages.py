@@ -1,0 +1,99 @@
+"""What the documentation shows really works: links, Python snippets, names of commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.system import System
+from tte_jax.cli.app import app
+from tte_jax.client import Client
+from tte_jax.content import Content, Document
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    if "import" in code  # the architecture's signatures are not programs
+]
+ids = [page.name for page in PAGES]
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    running = System(tmp_path_factory.mktemp("system"))
+    address = running.addresses["gateway"]
+    person = Document(
+        "openmoji:1F9D1-200D-1F4BB",
+        Content.of("", png()),
+        {"name": "doctor", "gender": "woman", "skin": "dark"},
+    )
+    with Client(address) as client:
+        assert list(client.ingest([person]))[-1].stored == 1
+    yield address
+    running.stop()
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_python_snippets_run(
+    code: str,
+    gateway: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/one.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    assert "127.0.0.1:50060" in code
+    exec(compile(code.replace("127.0.0.1:50060", gateway), "snippet", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_are_snippets_to_run() -> None:
+    assert len(SNIPPETS) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", there.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_named_commands_and_modules_exist(page: Path) -> None:
+    text = page.read_text()
+    commands = {command.name for command in app.registered_commands}
+    shown = set(re.findall(r"^(?:\.venv/bin/)?tte ([a-z]+)", text, re.M))
+    shown |= set(re.findall(r"`(?:\.venv/bin/)?tte ([a-z]+)", text))
+    assert shown <= commands
+    for module in re.findall(r"python -m ([\w.]+\w)", text):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    text = page.read_text()
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)(?:`|\s+#)", text, re.M)) <= targets
