@@ -1,0 +1,37 @@
+"""What holds for every test: compiled programs are kept, and nothing is left running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import compile_cache
+
+compile_cache.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fails the run when a test left a child process behind."""
+    before = set(_children())
+    yield
+    left = {pid: what for pid, what in _children().items() if pid not in before}
+    # Python's own helper of multiprocessing; it ends with this process.
+    left = {pid: what for pid, what in left.items() if "resource_tracker" not in what}
+    assert not left, f"tests left these processes running: {left}"
+
+
+def _children() -> dict[int, str]:
+    """Process id → command line of every living child of this process; zombies have none."""
+    found = {}
+    for task in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, task.read_text().split()):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if command:
+                found[pid] = command.replace(b"\0", b" ").decode(errors="replace")
+    return found
