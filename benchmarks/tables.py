@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import code_tables, quality_tables
+from benchmarks import code_tables, model_tables, quality_tables
 from benchmarks.environment import ROOT
 from benchmarks.markdown import table
 
@@ -87,6 +87,7 @@ MEASURED = {
 }
 FROM_CODE: Mapping[str, Callable[[], str]] = {
     "held-out": quality_tables.held_out,
+    "models": model_tables.models,
     "settings": code_tables.settings,
     "ports": code_tables.ports,
     "limits": code_tables.limits_,

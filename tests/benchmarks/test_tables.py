@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from benchmarks import code_tables, tables
+from benchmarks import code_tables, model_tables, tables
 from benchmarks.markdown import table
 from tte_jax import limits
+from tte_jax.builtin.models import NAMES
 
 
 def spread(p50: float, p95: float) -> dict[str, float]:
@@ -118,3 +121,22 @@ def test_cells_are_escaped_and_counted() -> None:
     assert "a \\| b" in table(["x"], [["a | b"]])
     with pytest.raises(ValueError, match="expected 1 cells, got 2"):
         table(["x"], [["a", "b"]])
+
+
+def test_models_are_counted_from_their_files(tmp_path: Path) -> None:
+    assert "python -m training.export" in model_tables.models(tmp_path)
+    for name in NAMES:
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {"a": np.zeros((1000, 300), np.float32), "b": np.zeros(100_000, np.float32)}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        text = {"num_hidden_layers": 4, "hidden_size": 256, "vocab_size": 4096}
+        config: dict[str, Any] = {"model_type": "qwen3", **text}
+        if name == NAMES[0]:
+            vision = {"depth": 6, "embed_dim": 192}
+            config = {"model_type": "qwen2_vl", "text_config": text, "vision_config": vision}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tte.json").write_text(json.dumps({"role": ["reasoner", "embedder"]}))
+    text = model_tables.models(tmp_path)
+    assert "6 vision layers, 192 wide; 4 text layers, 256 wide | 4,096 | 0.4 M | 1.6 MB |" in text
+    assert "| `qwen3` | reasoner and embedder | 4 text layers, 256 wide |" in text

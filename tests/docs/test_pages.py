@@ -97,3 +97,25 @@ def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     text = page.read_text()
     assert set(re.findall(r"(?:^|`)make ([a-z]+)(?:`|\s+#)", text, re.M)) <= targets
+
+
+def test_the_architectures_rooms_exist_and_hold_what_it_says() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \| (.+) \|$", text, re.M)
+    assert len(rows) > 15
+    for rooms, holds in rows:
+        paths = re.findall(r"`([^`]+)`", rooms)
+        assert all((ROOT / path).exists() for path in paths), rooms
+        folder = ROOT / paths[0]
+        if not folder.is_dir():
+            continue
+        for name in re.findall(r"`([a-z_0-9]+)`", holds):
+            known = (f"{name}.py", f"{name}.proto", name)
+            outside = name in ("tte", "planning") or (ROOT / "tte_jax" / f"{name}.py").exists()
+            assert outside or any((folder / k).exists() for k in known), f"{rooms}: {name}"
+
+
+def test_every_package_of_the_library_has_a_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    for file in (ROOT / "tte_jax").glob("*/__init__.py"):
+        assert f"`tte_jax/{file.parent.name}/`" in text
