@@ -6,7 +6,7 @@ from tte_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.tokenizer import Tokenizer
 
-SIDE = 112  # pixels; every built-in picture is 112 x 112, 64 patches, 16 vision tokens
+SIDE = 84  # pixels; every picture is resized to 84 x 84: 36 patches, 9 vision tokens
 
 IMAGES = ImageConfig(
     patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=SIDE**2, max_pixels=SIDE**2

@@ -23,8 +23,8 @@ from tte_jax.preprocess.template import Prompt
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import ReasonItem
 
-GRID = (1, 8, 8)  # 112 x 112 pixels in patches of 14
-FEATURES = 16  # merged patches of one picture
+GRID = (1, 6, 6)  # 84 x 84 pixels in patches of 14
+FEATURES = 9  # merged patches of one picture
 ECR_ROOM = 32  # tokens of an ECR that are learnt; one in a hundred has up to four more
 _PICTURE = Media(b"picture")
 
@@ -220,10 +220,10 @@ class PairSource:
         return Batch(
             pictures=self._data.images[pictures],
             picture_concepts=self._data.concept_ids[pictures],
-            documents=group([picture] * count, 0, mix.corrupt, 66, 0),
+            documents=group([picture] * count, 0, mix.corrupt, 59, 0),
             text=group(typed, 0, mix.corrupt_text, 60, None),
-            image=group([picture] * len(looks), 0, mix.corrupt, 66, count),
-            composed=group(asked, len(plain), mix.corrupt, 78, count + len(looks)),
+            image=group([picture] * len(looks), 0, mix.corrupt, 59, count),
+            composed=group(asked, len(plain), mix.corrupt, 71, count + len(looks)),
             concepts=self._table.concepts[answers],
             answers=np.concatenate(
                 [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]

@@ -2,7 +2,7 @@
 
     python -m training.rerank --rows .data/runs/rerank/rows.jsonl
 
-Rows are written by `training.rerank_rows`: a query text, candidate texts in the reasoner's words, and
+Rows are written by `training.rerank_rows`: a query text, candidates in the reasoner's words, and
 which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
 probability) plus a softmax over the list (so that the order is right). The decoder starts from the
 unified model's embedding table and MLPs; attention is new, since Qwen3 normalises queries and keys.
@@ -27,6 +27,7 @@ from jaxtyping import Array
 from training import builtin
 from training.checkpoint import Checkpoints
 from training.prefetch import prefetch
+from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 from tte_jax.preprocess.prompts import PromptSet
@@ -46,7 +47,7 @@ class Config:
 
     rows: Path = Path(".data/runs/rerank/rows.jsonl")
     tokenizer: Path = Path(".data/runs/tokenizer")
-    start: Path = Path(".data/runs/model")
+    start: Path = WEIGHTS_DIR / REASONER
     out: Path = Path(".data/runs/rerank")
     lists: int = 16
     candidates: int = 6

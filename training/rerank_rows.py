@@ -23,6 +23,7 @@ from training import texts
 from training.data.emoji import EmojiData, load
 from training.evaluate import Roles, embed_all, png, reason_all
 from training.sampling import image_table, pick_row
+from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.cascade.texts import rerank_text
 from tte_jax.content import Content, Side
 from tte_jax.embedder import Embedder
@@ -34,7 +35,7 @@ class Config:
     """Options: the unified model directory, numbers of queries by kind, candidates a row."""
 
     data: Path = Path(".data/emoji")
-    model: Path = Path(".data/runs/model")
+    model: Path = WEIGHTS_DIR / REASONER
     out: Path = Path(".data/runs/rerank/rows.jsonl")
     text: int = 1200
     image: int = 800

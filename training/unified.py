@@ -54,10 +54,10 @@ class Config:
     vision: Path = Path(".data/runs/vision/visual.npz")
     out: Path = Path(".data/runs/unified")
     mix: Mix = field(default_factory=Mix)
-    steps: int = 800
+    steps: int = 400
     lr: float = 2e-3
     weight_decay: float = 0.05
-    warmup: int = 60
+    warmup: int = 40
     lm_weight: float = 1.0
     feature_std: float = 0.1
     checkpoint_every: int = 100

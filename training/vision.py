@@ -46,7 +46,12 @@ class Config:
 
     data: Path = Path(".data/emoji")
     out: Path = Path(".data/runs/vision")
-    phases: tuple[tuple[int, int, int], ...] = ((56, 1500, 128), (84, 900, 128), (112, 250, 128))
+    phases: tuple[tuple[int, int, int], ...] = (
+        (56, 1500, 128),
+        (84, 900, 128),
+        (112, 250, 128),
+        (84, 1350, 128),
+    )
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 150
