@@ -49,11 +49,10 @@ serve: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/tte demo
 
-# Compiled programs are kept between runs: most of the suite's time is XLA.
+# A file's tests stay together and share its fixtures; those of tests/system share one system
+# (tests/conftest.py). Compiled programs are kept between runs: most of a first run is XLA.
 test: $(VENV)/.installed-dev
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(CACHE)/test-compile-cache \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
-	$(BIN)/python -m pytest -x -q -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,6 +12,18 @@ from tests import compile_cache
 compile_cache.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a file's tests run in one process, all of tests/system in the same.
+
+    That group comes first: it is the longest and mostly waits for other processes.
+    """
+    for item in items:
+        folder = item.path.parent
+        name = folder.name if folder.name == "system" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.path.parent.name != "system")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left() -> Iterator[None]:
     """Fails the run when a test left a child process behind."""
