@@ -1,0 +1,83 @@
+"""What the reranker's trainer computes is what the role serves, and rows become lists fairly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from training import builtin
+from training.rerank import Config, RowSource, score
+from training.rerank_rows import spoil
+from tte_jax.builtin.models import RERANKER, path_of
+from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.preprocess.prompts import PromptSet
+from tte_jax.reranker import Reranker
+from tte_jax.weights import hf
+
+ROWS = [
+    {
+        "query": "animal mammal: face, pet. Answer: cow",
+        "candidates": ["animal: pet. Answer: dog", "animal: face. Answer: cow", "Answer: fox"],
+        "labels": [0, 1, 0],
+    },
+    {"query": "a red heart", "candidates": ["Answer: blue heart"], "labels": [0]},
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in ROWS) + "\n")
+    return path
+
+
+def test_trained_margins_are_served_scores(rows: Path) -> None:
+    prompts = PromptSet.from_dir(path_of(RERANKER))
+    source = RowSource(rows, prompts, Config(lists=6, candidates=3))
+    batch = next(source.batches(0))
+    with Reranker.from_pretrained(path_of(RERANKER)) as served:
+        margins = score(served.served.model, batch, prompts.yes_id, prompts.no_id)
+        for row in ROWS:
+            expected = served.score(row["query"], row["candidates"])
+            ids = prompts.rerank_prefix(row["query"]).ids
+            for i in range(6):
+                if batch.prefix[i, : len(ids)].tolist() != list(ids):
+                    continue
+                for j, label in enumerate(batch.labels[i]):
+                    if label < 0:
+                        continue
+                    mine = float(jax.nn.sigmoid(margins[i, j]))
+                    assert np.abs(expected - mine).min() < 1e-4
+
+
+def test_places_without_a_candidate_are_marked(rows: Path) -> None:
+    prompts = PromptSet.from_dir(path_of(RERANKER))
+    batch = next(RowSource(rows, prompts, Config(lists=12, candidates=3)).batches(1))
+    full = (batch.labels >= 0).all(1)
+    assert full.any() and not full.all()
+    assert set(batch.labels[full][:, 0]) == {1}  # the right one is always among the chosen
+    assert batch.labels[~full].tolist()[0] == [0, -1, -1]
+
+
+def test_the_reranker_has_the_shape_of_its_directory() -> None:
+    prompts = PromptSet.from_dir(path_of(RERANKER))
+    config = builtin.reranker_config(prompts.tokenizer)
+    built = nnx.eval_shape(lambda: MultimodalLM(config, rngs=nnx.Rngs(0)))
+    shipped = hf.load(path_of(RERANKER))
+    assert jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(built))) == jax.tree.map(
+        lambda x: x.shape, nnx.to_pure_dict(nnx.state(shipped))
+    )
+
+
+def test_spoilt_pictures_stay_pictures_of_the_same_size() -> None:
+    picture = np.full((112, 112, 3), 255, np.uint8)
+    picture[40:70, 40:70] = 0
+    rng = np.random.default_rng(0)
+    spoilt = [spoil(picture, rng, 1.0) for _ in range(8)]
+    assert {s.shape for s in spoilt} == {(112, 112, 3)} and spoilt[0].dtype == np.uint8
+    assert all(s[45:65, 45:65].mean() < 160 < s[:10, :10].mean() for s in spoilt)
