@@ -148,7 +148,16 @@ def write(
 def main(config: Config) -> None:
     tokenizer = Tokenizer.from_dir(config.tokenizer)
 
-    tte = {"format": 1, "prompts": "mini", "version": config.version}
+    # The ladder fits what these models read: a picture is 36 patches and its prompt 23 tokens, an
+    # ECR about 21 and at most 35; longer texts take the larger buckets.
+    buckets: dict[str, Any] = {
+        "images": [[1, 36], [8, 36]],
+        "prefill": [[1, 48], [16, 32], [4, 128]],
+        "embed": [[1, 80], [16, 64], [2, 256]],
+        "prefix": [64, 128],
+        "score": [[16, 48], [16, 128]],
+    }
+    tte = {"format": 1, "prompts": "mini", "version": config.version, "buckets": buckets}
     write(
         config.out / REASONER,
         builtin.unified_config(tokenizer),
