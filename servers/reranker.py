@@ -68,7 +68,7 @@ class RerankerServicer(reranker_pb2_grpc.RerankerServiceServicer):
         """Scores of [positive, *candidates]; errors name the fields of a mining request."""
         try:
             return await self._stage.rerank(
-                query, texts, instruction=instruction, timeout_s=timeout_s
+                query, texts, instruction=instruction, timeout_s=timeout_s, background=True
             )
         except InvalidInputError as error:
             if found := re.fullmatch(r"candidates\[(\d+)\]", error.field):

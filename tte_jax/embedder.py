@@ -25,6 +25,14 @@ from tte_jax.stages import EmbedItem
 
 
 @dataclass(frozen=True, eq=False)
+class EmbedJob:
+    """One prepared input; in the `background`, it waits behind queries."""
+
+    input: ModelInput
+    background: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Embedded:
     """One input's vector [D] float32 and what it cost (tokens; seconds)."""
 
@@ -100,20 +108,20 @@ class Embedder(Role):
         futures: list[Future[Embedded]] = []
         try:
             for offset, window in windows(items):
-                inputs = self.prepare_all(
+                jobs = self.prepare_all(
                     lambda i, item, at=offset: self.prepare(
                         item, field=f"inputs[{at + i}].content"
                     ),
                     window,
                 )
-                futures += self.submit(inputs, wait=True)
+                futures += self.submit(jobs, wait=True)
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
         return self.collect(results(futures), dimension)
 
-    def prepare(self, item: EmbedItem, *, field: str = "content") -> ModelInput:
+    def prepare(self, item: EmbedItem, *, field: str = "content") -> EmbedJob:
         """Decodes, patchifies and tokenises one item; host work for a pool thread.
 
         Raises:
@@ -129,10 +137,10 @@ class Embedder(Role):
         )
         if self.vision is not None:
             self.vision.check(one.images, field=field)
-        return one
+        return EmbedJob(one, background=item.background)
 
     def submit(
-        self, inputs: Sequence[ModelInput], *, deadline: float | None = None, wait: bool = False
+        self, jobs: Sequence[EmbedJob], *, deadline: float | None = None, wait: bool = False
     ) -> list[Future[Embedded]]:
         """Queues prepared inputs as one request.
 
@@ -146,12 +154,13 @@ class Embedder(Role):
         self.require_ready()
         entries = [
             Entry(
-                one,
-                cost=one.tokens,
-                group=smallest(one.tokens, (t for _, t in self._shapes), what="the content"),
+                job.input,
+                cost=job.input.tokens,
+                group=smallest(job.input.tokens, (t for _, t in self._shapes), what="the content"),
                 deadline=deadline,
+                background=job.background,
             )
-            for one in inputs
+            for job in jobs
         ]
         if entries:
             self.queue.put(entries, wait=wait)

@@ -115,6 +115,7 @@ class LocalReasoner:
                 )
                 for i, item in enumerate(items)
             ],
+            background=all(item.background for item in items),
         )
         return self.role.submit(jobs, deadline=deadline, on_delta=on_delta)
 
@@ -135,14 +136,15 @@ class LocalEmbedder:
         self.role.check_dimension(dimension)
         async with _within(timeout_s) as deadline:
             await _warm(self.role)
-            inputs = await _on_host(
+            jobs = await _on_host(
                 self.role,
                 [
                     partial(self.role.prepare, item, field=f"inputs[{i}].content")
                     for i, item in enumerate(items)
                 ],
+                background=all(item.background for item in items),
             )
-            embedded = await _gather(self.role.submit(inputs, deadline=deadline))
+            embedded = await _gather(self.role.submit(jobs, deadline=deadline))
         return self.role.collect(embedded, dimension)
 
 
@@ -159,17 +161,20 @@ class LocalReranker:
         *,
         instruction: str = "",
         timeout_s: float | None = None,
+        background: bool = False,
     ) -> tuple[np.ndarray, Usage]:
-        """[N] float32 P(yes), in the given order.
+        """[N] float32 P(yes), in the given order; in the `background`, searches go first.
 
         Raises: as `Reranker.prepare` and `Reranker.submit`, and DeadlineExceededError.
         """
         async with _within(timeout_s) as deadline:
             await _warm(self.role)
             (jobs,) = await _on_host(
-                self.role, [partial(self.role.prepare, query, list(candidates), instruction)]
+                self.role,
+                [partial(self.role.prepare, query, list(candidates), instruction)],
+                background=background,
             )
-            scored = await _gather(self.role.submit(jobs, deadline=deadline))
+            scored = await _gather(self.role.submit(jobs, deadline=deadline, background=background))
         return self.role.collect(scored)
 
 
@@ -192,10 +197,11 @@ async def _warm(role: Role) -> None:
         await asyncio.to_thread(role.warmup)
 
 
-async def _on_host(role: Role, calls: Iterable[Callable[[], T]]) -> list[T]:
-    """The calls' results from the host pool; after the first error the rest is not begun."""
+async def _on_host(role: Role, calls: Iterable[Callable[[], T]], *, background: bool) -> list[T]:
+    """The calls' results from a host pool; after the first error the rest is not begun."""
     loop = asyncio.get_running_loop()
-    tasks = [loop.run_in_executor(role.host_pool, call) for call in calls]
+    pool = role.host_pool if background else role.query_pool
+    tasks = [loop.run_in_executor(pool, call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

@@ -229,6 +229,7 @@ class Reasoner(Role):
             one,
             max_tokens=max_tokens,
             close_at=close_at,
+            background=item.background,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,

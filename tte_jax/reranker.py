@@ -152,12 +152,18 @@ class Reranker(Role):
         return jobs
 
     def submit(
-        self, jobs: Sequence[ScoreJob], *, deadline: float | None = None, wait: bool = False
+        self,
+        jobs: Sequence[ScoreJob],
+        *,
+        deadline: float | None = None,
+        background: bool = False,
+        wait: bool = False,
     ) -> list[Future[Scored]]:
         """Queues prepared candidates as one request.
 
         Args:
           deadline: `time.monotonic()` instant.
+          background: waits behind searches; for mining.
           wait: block while the queue is full instead of raising `OverloadedError`.
 
         Raises:
@@ -173,6 +179,7 @@ class Reranker(Role):
                     cost=job.suffix.tokens,
                     group=(job.prefix_key, tokens),
                     deadline=deadline,
+                    background=background,
                 )
             )
         if entries:

@@ -49,6 +49,11 @@ class ReasonItem:
     query_reasoning: str = ""
     candidate_reasoning: str = ""
 
+    @property
+    def background(self) -> bool:
+        """Whether no query waits for it; a rewrite is of a document, but its query waits."""
+        return self.side is Side.DOCUMENT and self.task is not Task.REWRITE
+
 
 @dataclass(frozen=True)
 class EmbedItem:
@@ -58,6 +63,11 @@ class EmbedItem:
     side: Side
     reasoning: str = ""
     instruction: str = ""
+
+    @property
+    def background(self) -> bool:
+        """Whether no query waits for it."""
+        return self.side is Side.DOCUMENT
 
 
 @dataclass(frozen=True)

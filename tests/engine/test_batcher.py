@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tte_jax.engine.batcher import Batcher, Entry, RequestQueue, complete
+from tte_jax.engine.batcher import QUERY_TURNS, Batcher, Entry, RequestQueue, complete
 from tte_jax.errors import (
     DeadlineExceededError,
     InternalError,
@@ -222,6 +222,50 @@ def test_take_respects_the_cost_of_a_batch_but_always_takes_one():
     assert [e.payload for e in queue.take(max_entries=8, max_cost=40)] == [2]
     assert queue.take(max_entries=8, block=False) == []
     assert queue.queued_cost == 0
+
+
+def document(n: int, **values) -> Entry:
+    return Entry(n, background=True, **values)
+
+
+def test_a_query_passes_the_documents_that_wait():
+    queue = RequestQueue()
+    queue.put([document(n) for n in range(100)])
+    queue.put([Entry("query")])
+    # Alone: its batch holds no documents, for whose rows it would have to wait.
+    assert [e.payload for e in queue.take(max_entries=8)] == ["query"]
+    assert [e.payload for e in queue.take(max_entries=2)] == [0, 1]
+    assert len(queue) == queue.queued_cost == 98
+
+
+def test_documents_get_their_turn_while_queries_keep_coming():
+    queue = RequestQueue()
+    queue.put([document(n, group=n % 2) for n in range(4)])
+    order = []
+    for n in range(100, 116):
+        queue.put([Entry(n), Entry(n)])
+        order += [e.payload for e in queue.take(max_entries=1)]
+    turns = QUERY_TURNS + 1
+    assert [n for n in order if n < 100] == [0, 1, 2, 3]
+    assert order[turns - 1 :: turns] == [0, 1, 2, 3]
+
+
+def test_a_lane_full_of_documents_still_admits_queries():
+    queue = RequestQueue(max_entries=4, max_cost=100)
+    queue.put([document(n, cost=25) for n in range(4)])
+    with pytest.raises(OverloadedError):
+        queue.put([document(9)])
+    queue.put([Entry("query", cost=100)])
+    with pytest.raises(OverloadedError):
+        queue.put([Entry("another")])
+    assert [e.payload for e in queue.take(max_entries=8)] == ["query"]
+    queue.put([Entry("another"), Entry("third")])
+    # All or nothing across the lanes too.
+    with pytest.raises(OverloadedError):
+        queue.put([Entry("fourth"), document(9)])
+    assert [e.payload for e in queue.take(max_entries=8)] == ["another", "third"]
+    assert [e.payload for e in queue.close()] == [0, 1, 2, 3]
+    assert len(queue) == queue.queued_cost == 0
 
 
 def test_complete_reports_who_was_first():

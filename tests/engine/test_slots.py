@@ -133,7 +133,7 @@ def test_closing_a_stream_reaches_its_slots(reasoner):
 
     reasoner.table.run = held
     try:
-        stream = reasoner.stream(ITEMS[:2], 24)
+        stream = reasoner.stream([ITEMS[0], ITEMS[3]], 24)
         next(stream)
         stream.close()
     finally:
@@ -207,6 +207,39 @@ def test_a_round_that_fails_loses_its_sequences_and_no_more(reasoner, caplog):
     with pytest.raises(InternalError) as caught:
         future.result(WAIT_S)
     assert "device lost" not in caught.value.message
+    assert reasoner.reason([ITEMS[0]], 24)[0] == expected
+
+
+def test_a_device_lost_while_admitting_answers_all_that_were_taken(reasoner):
+    """Also those behind the prompt at fault, which have no slot yet."""
+    expected = reasoner.reason([ITEMS[0]], 24)[0]
+    loop, table, run = reasoner.loop, reasoner.table, reasoner.table.run
+    entered, go = threading.Event(), threading.Event()
+
+    def failing(name, *arguments):
+        if name == "decode":  # holds the loop, so that all prompts are taken together
+            entered.set()
+            assert go.wait(WAIT_S)
+        elif go.is_set():
+            if failing.first:  # a failure before the caches were taken: one by one then
+                failing.first = False
+                raise RuntimeError("bad batch")
+            loop._state = None
+            raise RuntimeError("device lost")
+        return run(name, *arguments)
+
+    failing.first = True
+    table.run = failing
+    try:
+        (running,) = reasoner.submit([reasoner.prepare(ITEMS[0], 24)])
+        assert entered.wait(WAIT_S)
+        futures = reasoner.submit([reasoner.prepare(ITEMS[0], 24) for _ in range(3)])
+        go.set()
+        for future in (running, *futures):
+            with pytest.raises(InternalError):
+                future.result(WAIT_S)
+    finally:
+        del table.run
     assert reasoner.reason([ITEMS[0]], 24)[0] == expected
 
 

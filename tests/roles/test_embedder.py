@@ -78,9 +78,9 @@ def test_usage_counts_tokens_and_cached_vision_features(embedder):
 
 def test_a_vector_that_is_not_finite_is_an_error_of_its_item_alone(embedder):
     good, bad = embedder.prepare(item("", 60)), embedder.prepare(item("", 61))
-    (image,) = bad.images
+    (image,) = bad.input.images
     nan = replace(image, key="nan", patches=np.full_like(image.patches, np.nan))
-    futures = embedder.submit([good, replace(bad, images=(nan,)), good])
+    futures = embedder.submit([good, replace(bad, input=replace(bad.input, images=(nan,))), good])
     with pytest.raises(InternalError) as caught:
         futures[1].result(WAIT_S)
     assert caught.value.reason == "NAN"

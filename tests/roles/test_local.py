@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests import tiny_models
-from tte_jax.content import Content, Side
+from tte_jax.content import Content, Side, Task
 from tte_jax.errors import DeadlineExceededError, InvalidInputError
 from tte_jax.local import LocalEmbedder, LocalReasoner, LocalReranker
 from tte_jax.reasoner import Delta, Finished
@@ -124,8 +125,33 @@ async def test_one_bad_input_fails_the_request_and_leaves_nothing_behind():
     bad = ReasonItem(Content.of("", b""), Side.QUERY)
     with pytest.raises(InvalidInputError) as caught:
         await stage.reason([CAT, bad], max_tokens=24)
-    assert caught.value.field == "inputs[1].content.parts[0]"
+    assert caught.value.field == "inputs[1].content.parts[0].image.data"
     assert len(role.queue) == 0
+
+
+async def test_only_work_that_no_query_waits_for_is_in_the_background(monkeypatch):
+    seen = []
+
+    def watch(role):
+        put = role.queue.put
+
+        def watching(entries, **kwargs):
+            seen.extend(entry.background for entry in entries)
+            put(entries, **kwargs)
+
+        monkeypatch.setattr(role.queue, "put", watching)
+        return role
+
+    reasoner = LocalReasoner(watch(tiny_models.reasoner()))
+    embedder = LocalEmbedder(watch(tiny_models.embedder()))
+    reranker = LocalReranker(watch(tiny_models.reranker()))
+    stored = ReasonItem(Content.of("", tiny_models.png(1)), Side.DOCUMENT)
+    rewrite = replace(stored, task=Task.REWRITE, query=CAT.content)
+    await reasoner.reason([CAT, stored, rewrite], max_tokens=6)
+    await embedder.embed([EmbedItem(CAT.content, side) for side in (Side.QUERY, Side.DOCUMENT)])
+    await reranker.rerank("a cat", ["a dog"])
+    await reranker.rerank("a cat", ["a dog"], background=True)
+    assert seen == [False, True, False, False, True, False, True]
 
 
 async def test_the_loop_turns_while_the_device_is_busy(held):

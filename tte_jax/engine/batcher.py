@@ -4,6 +4,9 @@
 whose caller has gone is dropped before any device work. `Batcher` is a queue with a thread that
 runs batches of it; `tte_jax.engine.slots` puts the same queue in front of the decode loop.
 
+Queries and documents wait in lanes of their own, because a corpus on its way in keeps thousands of
+documents waiting and a person waits for each query.
+
 Futures are `concurrent.futures.Future`s (wrap them with `asyncio.wrap_future`). They stay pending
 while their work runs, so that a caller can cancel at any time; whoever completes one does it
 through `complete`, which does nothing when the caller was faster.
@@ -31,6 +34,9 @@ from tte_jax.errors import (
 
 log = logging.getLogger(__name__)
 
+QUERY_TURNS = 3
+"""While both lanes wait, queries are taken so many times in a row, then documents once."""
+
 
 @dataclass(eq=False)
 class Entry:
@@ -41,6 +47,7 @@ class Entry:
       cost: tokens it will put through the model; the queue's bound counts these.
       group: entries are batched only with entries of an equal group.
       deadline: `time.monotonic()` instant after which nobody wants the result; None = never.
+      background: waits in the documents' lane, behind queries; else in the queries'.
       future: completed with the result or an error of `tte_jax.errors`.
       queued_at: when it was admitted (`time.monotonic()`).
       started_at: when it left the queue; 0 while it waits.
@@ -50,6 +57,7 @@ class Entry:
     cost: int = 1
     group: Any = None
     deadline: float | None = None
+    background: bool = False
     future: Future[Any] = field(default_factory=Future)
     queued_at: float = 0.0
     started_at: float = 0.0
@@ -92,30 +100,47 @@ def complete(
         return False
 
 
+class _Lane:
+    """Entries in order of arrival and the sum of their costs."""
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        self.cost = 0
+
+    def keep(self, entries: deque[Entry]) -> None:
+        """Replaces the entries by those of them that stay."""
+        self.entries = entries
+        self.cost = sum(e.cost for e in entries)
+
+
 class RequestQueue:
-    """A FIFO bounded in entries and in tokens. Thread-safe."""
+    """Two lanes, each a FIFO bounded in entries and in tokens. Thread-safe.
+
+    Queries go first, but of `QUERY_TURNS` + 1 turns the documents get at least one. Each lane has
+    the whole bound to itself: waiting documents never cause a query to be refused.
+    """
 
     def __init__(self, *, max_entries: int = 1024, max_cost: int = 262_144) -> None:
         self._max_entries = max_entries
         self._max_cost = max_cost
-        self._entries: deque[Entry] = deque()
-        self._cost = 0
+        self._queries, self._documents = _Lane(), _Lane()
+        self._turns = 0  # of queries, in a row, while documents waited
         self._seconds_per_token = 0.0
         self._closed = False
         self._changed = threading.Condition()
         self.stats = QueueStats()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._queries.entries) + len(self._documents.entries)
 
     @property
     def capacity(self) -> int:
-        """How many entries may wait."""
+        """How many entries may wait in each lane."""
         return self._max_entries
 
     @property
     def queued_cost(self) -> int:
-        return self._cost
+        return self._queries.cost + self._documents.cost
 
     def put(self, entries: Sequence[Entry], *, wait: bool = False) -> None:
         """Admits all entries or none of them.
@@ -127,7 +152,7 @@ class RequestQueue:
 
         Raises:
           OverloadedError: no room now; `retry_after_s` estimates when there will be.
-          InvalidInputError: the request alone is larger than the whole queue.
+          InvalidInputError: the request alone is larger than a whole lane.
           UnavailableError: the queue is closed.
         """
         cost = sum(e.cost for e in entries)
@@ -139,14 +164,14 @@ class RequestQueue:
                 reason="BATCH_TOO_LARGE",
             )
         with self._changed:
-            while not self._closed and not self._fits(len(entries), cost):
+            while not self._closed and not self._fits(entries):
                 self._drop_dead()
-                if self._fits(len(entries), cost):
+                if self._fits(entries):
                     break
                 if not wait:
                     self.stats.rejected += len(entries)
                     raise OverloadedError(
-                        f"the queue is full ({len(self._entries)} inputs, {self._cost} tokens "
+                        f"the queue is full ({len(self)} inputs, {self.queued_cost} tokens "
                         "waiting); try again later",
                         retry_after_s=self._drain_time(),
                     )
@@ -157,8 +182,9 @@ class RequestQueue:
             now = time.monotonic()
             for entry in entries:
                 entry.queued_at = now
-                self._entries.append(entry)
-            self._cost += cost
+                lane = self._lane(entry)
+                lane.entries.append(entry)
+                lane.cost += entry.cost
             self.stats.admitted += len(entries)
             self._changed.notify_all()
 
@@ -170,21 +196,24 @@ class RequestQueue:
         block: bool = True,
         same_group: bool = True,
     ) -> list[Entry]:
-        """The oldest live entry and those that may run with it, in order of arrival.
+        """The oldest live entry of one lane and those of it that may run with it, in order.
+
+        Documents never join a batch of queries: a query pays for all rows that run with it.
 
         Returns an empty list when nothing waits (`block=False`) or the queue was closed.
         """
         with self._changed:
             while True:
                 self._drop_dead()
-                if self._entries or not block or self._closed:
+                if len(self) or not block or self._closed:
                     break
                 self._changed.wait()
+            lane = self._next_lane()
             taken: list[Entry] = []
             cost = 0
             now = time.monotonic()
             rest: deque[Entry] = deque()
-            for entry in self._entries:
+            for entry in lane.entries:
                 fits = len(taken) < max_entries and (
                     not taken
                     or (
@@ -199,8 +228,7 @@ class RequestQueue:
                 else:
                     rest.append(entry)
             if taken:
-                self._entries = rest
-                self._cost -= cost
+                lane.keep(rest)
                 self._changed.notify_all()
             return taken
 
@@ -211,18 +239,13 @@ class RequestQueue:
             old = self._seconds_per_token
             self._seconds_per_token = rate if old == 0.0 else 0.8 * old + 0.2 * rate
 
-    def wake(self) -> None:
-        """Lets a blocked `take` look again, for instance after a cancellation."""
-        with self._changed:
-            self._changed.notify_all()
-
     def close(self) -> list[Entry]:
         """Admits nothing more; returns what still waited."""
         with self._changed:
             self._closed = True
-            left = list(self._entries)
-            self._entries.clear()
-            self._cost = 0
+            left = [*self._queries.entries, *self._documents.entries]
+            for lane in (self._queries, self._documents):
+                lane.keep(deque())
             self._changed.notify_all()
             return left
 
@@ -230,37 +253,54 @@ class RequestQueue:
     def closed(self) -> bool:
         return self._closed
 
-    def _fits(self, entries: int, cost: int) -> bool:
-        return (
-            len(self._entries) + entries <= self._max_entries
-            and self._cost + cost <= self._max_cost
-        )
+    def _lane(self, entry: Entry) -> _Lane:
+        return self._documents if entry.background else self._queries
+
+    def _next_lane(self) -> _Lane:
+        queries, documents = self._queries, self._documents
+        if queries.entries and (not documents.entries or self._turns < QUERY_TURNS):
+            self._turns = self._turns + 1 if documents.entries else 0
+            return queries
+        self._turns = 0
+        return documents
+
+    def _fits(self, entries: Sequence[Entry]) -> bool:
+        for lane in (self._queries, self._documents):
+            new = [e for e in entries if self._lane(e) is lane]
+            if new and (
+                len(lane.entries) + len(new) > self._max_entries
+                or lane.cost + sum(e.cost for e in new) > self._max_cost
+            ):
+                return False
+        return True
 
     def _drain_time(self) -> float:
-        return min(max(self._cost * self._seconds_per_token, 0.1), 30.0)
+        return min(max(self.queued_cost * self._seconds_per_token, 0.1), 30.0)
 
     def _drop_dead(self) -> None:
         now = time.monotonic()
-        live: deque[Entry] = deque()
-        for entry in self._entries:
-            if entry.dead:
-                self.stats.cancelled += 1
-            elif entry.deadline is not None and now >= entry.deadline:
-                self.stats.expired += 1
-                waited = now - entry.queued_at
-                complete(
-                    entry.future,
-                    error=DeadlineExceededError(
-                        f"the deadline passed after {waited:.3f} s in the queue; nothing was run"
-                    ),
-                )
-            else:
-                live.append(entry)
-                continue
-            self._cost -= entry.cost
-        if len(live) != len(self._entries):
-            self._entries = live
-            self._changed.notify_all()
+        for lane in (self._queries, self._documents):
+            live = deque(entry for entry in lane.entries if not self._drop(entry, now))
+            if len(live) != len(lane.entries):
+                lane.keep(live)
+                self._changed.notify_all()
+
+    def _drop(self, entry: Entry, now: float) -> bool:
+        """Whether nobody wants the entry any more; counts it and answers its caller if so."""
+        if entry.dead:
+            self.stats.cancelled += 1
+            return True
+        if entry.deadline is None or now < entry.deadline:
+            return False
+        self.stats.expired += 1
+        waited = now - entry.queued_at
+        complete(
+            entry.future,
+            error=DeadlineExceededError(
+                f"the deadline passed after {waited:.3f} s in the queue; nothing was run"
+            ),
+        )
+        return True
 
 
 class Batcher:

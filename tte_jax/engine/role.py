@@ -33,11 +33,12 @@ class Role:
       served: the model and what belongs to it.
       table: the compiled programs.
       queue: what waits for the device.
-      host_pool: threads for decoding and tokenising; servers use the same ones.
+      host_pool: threads for decoding and tokenising documents; servers use the same ones.
+      query_pool: the same for queries, which must not wait behind documents here either.
       name: the role's name in `tte.json`.
       stage: its name in `Usage`.
-      max_queued: how many inputs may wait. Waiting images lie in memory as patches, 0.3 MB each
-        for the built-in models and 5 MB for a 448 x 448 pixel image.
+      max_queued: how many queries may wait, and how many documents. Waiting images lie in memory
+        as patches, 0.3 MB each for the built-in models and 5 MB for a 448 x 448 pixel image.
     """
 
     name: ClassVar[str]
@@ -51,6 +52,7 @@ class Role:
             queue = RequestQueue(max_entries=self.max_queued)
         self.queue = queue
         self.host_pool = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="host")
+        self.query_pool = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="query-host")
         self._warm_lock = threading.Lock()
         self._warm_compiles = 0
         self._closed = False
@@ -116,7 +118,8 @@ class Role:
             if not self._closed:
                 self._closed = True
                 self._stop()
-                self.host_pool.shutdown(wait=False, cancel_futures=True)
+                for pool in (self.host_pool, self.query_pool):
+                    pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self

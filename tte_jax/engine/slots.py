@@ -46,6 +46,7 @@ class Job:
       input: the prompt.
       max_tokens: new tokens, forced ones included; never exceeded.
       close_at: how many tokens may pass before an open think block is closed by force.
+      background: waits behind queries; see `Entry`.
       temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
       on_tokens: called on the device thread with each dispatch's new ids and whether they are the
         last; must not block.
@@ -54,6 +55,7 @@ class Job:
     input: ModelInput
     max_tokens: int
     close_at: int = NEVER
+    background: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -171,7 +173,13 @@ class DecodeLoop:
         Raises: as `RequestQueue.put`.
         """
         entries = [
-            Entry(job, cost=job.input.tokens + job.max_tokens, deadline=deadline) for job in jobs
+            Entry(
+                job,
+                cost=job.input.tokens + job.max_tokens,
+                deadline=deadline,
+                background=job.background,
+            )
+            for job in jobs
         ]
         self.queue.put(entries, wait=wait)
         return [e.future for e in entries]
@@ -229,6 +237,7 @@ class DecodeLoop:
 
     def _work(self) -> None:
         while True:
+            entries: list[Entry] = []
             try:
                 self._reap()
                 free = [i for i, o in enumerate(self._slots) if o is None]
@@ -247,6 +256,8 @@ class DecodeLoop:
             except Exception as error:
                 # What was on the device is lost with its caches; the thread goes on.
                 log.exception("a decode round failed")
+                for entry in entries:  # taken, and perhaps not in a slot yet
+                    complete(entry.future, error=as_tte(error))
                 self._fail_all(as_tte(error))
                 self._state = None
 
@@ -281,8 +292,6 @@ class DecodeLoop:
                 self._prefill(batch.shape, rows, slots)
         except Exception as error:
             if self._state_lost():
-                for entry in entries:
-                    complete(entry.future, error=as_tte(error))
                 raise
             # Rows that were admitted before the error have their slots; the rest is tried one by
             # one, so that only the row at fault fails.
