@@ -231,6 +231,49 @@ def test_a_failed_rewrite_leaves_the_plain_ecrs(sick, stages):
     assert first.degraded == ()
 
 
+@pytest.mark.parametrize(
+    ("unreadable", "rewritten", "message"),
+    [
+        ({"aab"}, {"ab", "abb"}, "1 of 3 candidates could not be read by the reasoner"),
+        ({"aab", "abb"}, {"ab"}, "2 of 3 candidates could not be read by the reasoner"),
+        ({"aab", "ab", "abb"}, set(), "3 of 3 candidates could not be read by the reasoner"),
+    ],
+)
+def test_a_candidate_that_cannot_be_rewritten_is_left_out_alone(unreadable, rewritten, message):
+    system = System()
+    reason = system.reasoner.reason
+
+    async def broken_images(items, **kwargs):
+        for i, item in enumerate(items):
+            if item.task is Task.REWRITE and item.content.text in unreadable:
+                field = f"inputs[{i}].content.parts[0].image.data"
+                raise InvalidInputError("cut short", field=field, reason="BROKEN_IMAGE")
+        return await reason(items, **kwargs)
+
+    system.reasoner.reason = broken_images
+    last = system.search(budget=Budget(rewrite_depth=3))[-1]
+    assert {c.id for c in last.results if c.rewrite is not None} == rewritten
+    assert (last.stage, degraded(last)) == (RERANKED, [("rewrite", "BROKEN_IMAGE")])
+    assert last.degraded[0].message.startswith(message)
+
+
+def test_a_rewrite_refused_for_its_query_fails_as_a_whole():
+    system = System()
+    calls = []
+    reason = system.reasoner.reason
+
+    async def bad_query(items, **kwargs):
+        if items[0].task is Task.REWRITE:
+            calls.append(len(items))
+            raise InvalidInputError("too long", field="inputs[0].rewrite.query", reason="TOO_LONG")
+        return await reason(items, **kwargs)
+
+    system.reasoner.reason = bad_query
+    last = system.search(budget=Budget(rewrite_depth=3))[-1]
+    assert calls == [3]
+    assert degraded(last) == [("rewrite", "TOO_LONG")]
+
+
 # --- candidates and queries without an ECR ---
 
 

@@ -59,11 +59,12 @@ def no_query_text() -> Degraded:
     )
 
 
-def refused(reason: str, *, count: int, wanted: int) -> Degraded:
-    """The reranker does not take some candidates' texts, e.g. because they are too long."""
+def refused(stage: str, reason: str, *, count: int, wanted: int) -> Degraded:
+    """`stage` (rewrite or rerank) does not take some candidates, e.g. because they are too long."""
+    rest = {
+        "rewrite": "the reasoner and keep the reasoning they were stored with",
+        "rerank": "the reranker and stand behind those that were scored",
+    }
     return Degraded(
-        "rerank",
-        reason,
-        f"{count} of {wanted} candidates could not be read by the reranker and stand behind those "
-        "that were scored.",
+        stage, reason, f"{count} of {wanted} candidates could not be read by {rest[stage]}."
     )

@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     from tte_jax.cascade.cascade import Cascade
 
 T = TypeVar("T")
+Answers = TypeVar("Answers", list[Reasoning], np.ndarray)
 log = logging.getLogger(__name__)
 
 # Where what a stage is given stands in a search request.
 _PLACES = {"content": "query", "instruction": "instruction"}
-_CANDIDATE = re.compile(r"candidates\[(\d+)\]")
+# The candidate in an error of the reranker, or of the reasoner that rewrites it.
+_CANDIDATE = re.compile(r"(?:candidates|inputs)\[(\d+)\](?:\.content|$)")
 
 
 class Search:
@@ -102,9 +104,12 @@ class Search:
             instruction=query.instruction,
         )
         timeout = self._required("embed", caps.embed)
-        vectors = await self._call(
-            "embed", lambda: self.cascade.embedder.embed([item], timeout_s=timeout), timeout
-        )
+        try:
+            vectors = await self._call(
+                "embed", lambda: self.cascade.embedder.embed([item], timeout_s=timeout), timeout
+            )
+        except InvalidInputError as error:
+            raise relocated(error, _PLACES) from None
         if vectors.shape[0] != 1 or not np.isfinite(vectors).all():
             raise InternalError(
                 "the embedder answered with an unusable vector for the query", stage="embed"
@@ -148,8 +153,9 @@ class Search:
                 lambda: self.cascade.reasoner.reason([item], max_tokens=tokens, timeout_s=timeout),
                 timeout,
             )
-        except InvalidInputError:
-            raise  # the query itself is at fault, and the embedder would say the same, later
+        except InvalidInputError as error:
+            # The query itself is at fault, and the embedder would say the same, later.
+            raise relocated(error, _PLACES) from None
         except TteError as error:
             self._failed("reason", error)
             return NO_REASONING
@@ -202,31 +208,34 @@ class Search:
             self._no_time("rewrite", done=depth, wanted=len(wanted))
         if depth == 0:
             return None
-        items = [
-            ReasonItem(
-                content=documents[candidate.id].content,
-                side=Side.DOCUMENT,
-                instruction=query.instruction,
-                task=Task.REWRITE,
-                query=query.content,
-                query_reasoning=self.query_reasoning.text,
-                candidate_reasoning=candidate.reasoning.text,
-            )
-            for candidate in wanted[:depth]
-        ]
-        try:
-            rewrites = await self._call(
+        until = now() + timeout
+
+        async def call(some: Sequence[Candidate], time: float) -> list[Reasoning]:
+            items = [
+                ReasonItem(
+                    content=documents[candidate.id].content,
+                    side=Side.DOCUMENT,
+                    instruction=query.instruction,
+                    task=Task.REWRITE,
+                    query=query.content,
+                    query_reasoning=self.query_reasoning.text,
+                    candidate_reasoning=candidate.reasoning.text,
+                )
+                for candidate in some
+            ]
+            return await self._call(
                 "rewrite",
                 lambda: cascade.reasoner.reason(
-                    items, max_tokens=budget.rewrite_tokens, timeout_s=timeout
+                    items, max_tokens=budget.rewrite_tokens, timeout_s=time
                 ),
-                timeout,
-                units=depth,
+                time,
+                units=len(items),
             )
-        except TteError as error:
-            self._failed("rewrite", error)
+
+        done = await self._sparing("rewrite", wanted[:depth], lambda: until - now(), call)
+        if done is None:
             return None
-        by_id = {c.id: r for c, r in zip(wanted, rewrites, strict=False) if r.text}
+        by_id = {c.id: r for c, r in zip(*done, strict=True) if r.text}
         return [replace(c, rewrite=by_id.get(c.id)) for c in candidates]
 
     async def _rerank(
@@ -259,40 +268,19 @@ class Search:
             self._no_time("rerank", done=depth, wanted=len(scorable))
         if depth == 0:
             return None
-        scores = await self._scores(asked, scorable[:depth], texts)
-        if scores is None:
+        done = await self._sparing(
+            "rerank",
+            scorable[:depth],
+            lambda: required_time(self._remaining(), cascade.caps.rerank),
+            lambda some, time: self._score(asked, [texts[c.id] for c in some], time),
+        )
+        if done is None:
             return None
+        scores = {c.id: float(score) for c, score in zip(*done, strict=True)}
         top = [replace(c, rerank=scores[c.id]) for c in scorable if c.id in scores]
         # Stable: equal scores keep their first-stage order.
         top.sort(key=lambda c: -scores[c.id])
         return top + [c for c in candidates if c.id not in scores]
-
-    async def _scores(
-        self, asked: str, candidates: Sequence[Candidate], texts: dict[str, str]
-    ) -> dict[str, float] | None:
-        """P(yes) by id, without the candidates whose text is refused; `None` = there are none."""
-        left, refusals, scores = list(candidates), [], None
-        while left and scores is None:
-            timeout = required_time(self._remaining(), self.cascade.caps.rerank)
-            if timeout is None:
-                self._no_time("rerank")
-                return None
-            try:
-                scores = await self._score(asked, [texts[c.id] for c in left], timeout)
-            except TteError as error:
-                at = _refused(error)
-                if at is None or at >= len(left):
-                    self._failed("rerank", error)
-                    return None
-                del left[at]
-                refusals.append(error.reason)
-        if refusals:
-            self.degraded.append(
-                degradation.refused(refusals[0], count=len(refusals), wanted=len(candidates))
-            )
-        if scores is None:
-            return None
-        return {c.id: float(score) for c, score in zip(left, scores, strict=True)}
 
     async def _score(self, asked: str, texts: Sequence[str], timeout: float) -> np.ndarray:
         scores = await self._call(
@@ -309,6 +297,40 @@ class Search:
                 reason="NOT_FINITE",
             )
         return scores
+
+    async def _sparing(
+        self,
+        stage: str,
+        candidates: Sequence[Candidate],
+        time_left: Callable[[], float | None],
+        call: Callable[[Sequence[Candidate], float], Awaitable[Answers]],
+    ) -> tuple[list[Candidate], Answers] | None:
+        """`call(candidates, seconds)`, made again without each candidate that it refuses.
+
+        Returns:
+          The candidates that were taken, and their answers; `None` = the stage was not done, and
+          `degraded` says why.
+        """
+        left, refusals, answers = list(candidates), [], None
+        while left and answers is None:
+            time = time_left()
+            if time is None or time <= 0.0:
+                self._no_time(stage)
+                return None
+            try:
+                answers = await call(left, time)
+            except TteError as error:
+                at = _refused(error)
+                if at is None or at >= len(left):
+                    self._failed(stage, error)
+                    return None
+                del left[at]
+                refusals.append(error.reason)
+        if refusals:
+            self.degraded.append(
+                degradation.refused(stage, refusals[0], count=len(refusals), wanted=len(candidates))
+            )
+        return None if answers is None else (left, answers)
 
     # --- bookkeeping ---
 
@@ -336,8 +358,6 @@ class Search:
                 if stage == "reason":
                     units = cascade.pace.reason_tokens or self.query.budget.reasoning_tokens
                 cascade.pace = cascade.pace.overran(stage, wall, units)
-            if isinstance(error, InvalidInputError):
-                raise relocated(error, _PLACES) from None
             raise
         wall = now() - began
         self.usage.append(replace(usage, stage=stage, wall_s=wall))
@@ -375,7 +395,7 @@ class Search:
 
 
 def _refused(error: TteError) -> int | None:
-    """Which candidate's text the reranker does not take; `None` for any other error."""
+    """Which candidate the reasoner or the reranker does not take; `None` for any other error."""
     found = _CANDIDATE.match(error.field) if isinstance(error, InvalidInputError) else None
     return int(found[1]) if found else None
 
