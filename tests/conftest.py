@@ -12,6 +12,7 @@ from tests import compile_cache
 compile_cache.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: a file's tests run in one process, all of tests/system in the same.
 

@@ -72,7 +72,7 @@ def test_the_field_at_fault_is_named(reasoner):
     assert caught.value.field == "inputs[0].content"
     with pytest.raises(InvalidInputError) as caught:
         reasoner.reason([CAT, CAT, ReasonItem(Content.of("", b"no image"), Side.QUERY)], 24)
-    assert caught.value.field == "inputs[2].content.parts[0]"
+    assert caught.value.field == "inputs[2].content.parts[0].image.data"
     assert caught.value.reason == "UNREADABLE_IMAGE"
 
 

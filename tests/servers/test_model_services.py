@@ -164,7 +164,7 @@ async def test_bad_reason_requests_are_refused_with_their_field():
             ),
             (
                 reason_request(CAT, reasoner_pb2.ReasonInput(content=broken, side=QUERY)),
-                "inputs[1].content.parts[0]",
+                "inputs[1].content.parts[0].image.data",
             ),
             (
                 reason_request(reasoner_pb2.ReasonInput(content=content("cat " * 200), side=QUERY)),

@@ -7,24 +7,36 @@ from dataclasses import dataclass
 
 import grpc
 
+from tte_jax.client.retries import FIRST_PAUSE_S, LONGEST_PAUSE_S, MAX_ATTEMPTS
 from tte_jax.limits import MAX_MESSAGE_BYTES
 
 # Only UNAVAILABLE is tried again: nothing was done then, whereas an overloaded server asks to be
 # left alone and a deadline that has passed stays passed. The throttle stops retries when most
 # calls fail, so that a recovering server is not buried.
+#
+# Calls that answer with a stream are left out: when a draining server refuses one and closes the
+# connection before the next attempt, gRPC 1.85 leaves the call hanging for ever, past its deadline.
+# `client.retries` tries those again.
+_STREAMS = (
+    ("tte.v1.RetrievalService", "Search"),
+    ("tte.v1.RetrievalService", "Ingest"),
+    ("tte.v1.ReasonerService", "Reason"),
+    ("tte.v1.RerankerService", "MineNegatives"),
+)
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
+        {"name": [{"service": service, "method": method} for service, method in _STREAMS]},
         {
             "name": [{}],
             "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
+                "maxAttempts": MAX_ATTEMPTS,
+                "initialBackoff": f"{FIRST_PAUSE_S}s",
+                "maxBackoff": f"{LONGEST_PAUSE_S}s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
     ],
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }

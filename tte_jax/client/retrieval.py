@@ -11,6 +11,8 @@ UNAVAILABLE. Use one client for the life of a program: it holds one channel.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -34,6 +36,7 @@ from tte_jax.cascade.messages import (
     SearchUpdate,
 )
 from tte_jax.client.channel import Endpoint
+from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
 from tte_jax.codec.search import (
     decode_ingest_update,
@@ -67,22 +70,29 @@ class AsyncClient:
           UnavailableError, DeadlineExceededError, OverloadedError: no ranking could be made.
         """
         last: SearchUpdate | None = None
-        try:
-            with translated(self._peer):
-                call = self._stub.Search(
-                    encode_query(query),
-                    timeout=query.deadline_s,
-                    metadata=self._metadata,
-                )
-                try:
-                    async for response in call:
-                        update = decode_update(response)
-                        last = update
-                        yield update
-                finally:
-                    call.cancel()  # no effect on a call that has ended
-        except TteError as error:
-            yield _broken_off(last, error)
+        attempts = Attempts(query.deadline_s)
+        while True:
+            try:
+                with translated(self._peer):
+                    call = self._stub.Search(
+                        encode_query(query),
+                        timeout=attempts.timeout_s,
+                        metadata=self._metadata,
+                    )
+                    try:
+                        async for response in call:
+                            update = decode_update(response)
+                            last = update
+                            yield update
+                    finally:
+                        call.cancel()  # no effect on a call that has ended
+                return
+            except TteError as error:
+                pause = None if last else attempts.pause_after(error)
+                if pause is None:
+                    yield _broken_off(last, error)
+                    return
+            await asyncio.sleep(pause)
 
     async def search_final(self, query: SearchQuery) -> SearchUpdate:
         """The final ranking only; raises as `search`."""
@@ -181,22 +191,29 @@ class Client:
     def search(self, query: SearchQuery) -> Generator[SearchUpdate, None, None]:
         """As `AsyncClient.search`."""
         last: SearchUpdate | None = None
-        try:
-            with translated(self._peer):
-                call = self._stub.Search(
-                    encode_query(query),
-                    timeout=query.deadline_s,
-                    metadata=self._metadata,
-                )
-                try:
-                    for response in call:
-                        update = decode_update(response)
-                        last = update
-                        yield update
-                finally:
-                    call.cancel()
-        except TteError as error:
-            yield _broken_off(last, error)
+        attempts = Attempts(query.deadline_s)
+        while True:
+            try:
+                with translated(self._peer):
+                    call = self._stub.Search(
+                        encode_query(query),
+                        timeout=attempts.timeout_s,
+                        metadata=self._metadata,
+                    )
+                    try:
+                        for response in call:
+                            update = decode_update(response)
+                            last = update
+                            yield update
+                    finally:
+                        call.cancel()
+                return
+            except TteError as error:
+                pause = None if last else attempts.pause_after(error)
+                if pause is None:
+                    yield _broken_off(last, error)
+                    return
+            time.sleep(pause)
 
     def search_final(self, query: SearchQuery) -> SearchUpdate:
         """The final ranking only; raises as `search`."""

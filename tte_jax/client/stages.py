@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,10 @@ from tte.v1 import (
 )
 from tte_jax import codec
 from tte_jax.client.channel import Endpoint
+from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
 from tte_jax.content import Document, Reasoning, Usage
-from tte_jax.errors import InternalError, InvalidInputError
+from tte_jax.errors import InternalError, InvalidInputError, UnavailableError
 from tte_jax.filters import Filter
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_DELETE_IDS
 from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, StoredVersions
@@ -74,7 +76,19 @@ class RemoteReasoner(_Remote):
             max_tokens=max_tokens,
             omit_deltas=True,
         )
-        reasonings: list[Reasoning | None] = [None] * len(items)
+        attempts = Attempts(timeout_s)
+        while True:
+            try:
+                return await self._answer(request, attempts.timeout_s)
+            except UnavailableError as error:
+                if (pause := attempts.pause_after(error)) is None:
+                    raise
+            await asyncio.sleep(pause)
+
+    async def _answer(
+        self, request: reasoner_pb2.ReasonRequest, timeout_s: float | None
+    ) -> tuple[list[Reasoning], Usage]:
+        reasonings: list[Reasoning | None] = [None] * len(request.inputs)
         usage = Usage("reason")
         with translated(self.peer):
             call = self._stub.Reason(request, timeout=timeout_s, metadata=self.metadata)
@@ -82,7 +96,7 @@ class RemoteReasoner(_Remote):
                 async for response in call:
                     if response.HasField("result"):
                         result = response.result
-                        if result.input_index < len(items):
+                        if result.input_index < len(reasonings):
                             reasoning = codec.decode_reasoning(result.reasoning)
                             reasonings[result.input_index] = reasoning
                     elif response.HasField("usage"):
@@ -90,9 +104,9 @@ class RemoteReasoner(_Remote):
             finally:
                 call.cancel()  # no effect on a call that has ended
         complete = [reasoning for reasoning in reasonings if reasoning is not None]
-        if len(complete) < len(items):
+        if len(complete) < len(reasonings):
             raise InternalError(
-                f"{self.peer} answered {len(complete)} of {len(items)} inputs", stage="reason"
+                f"{self.peer} answered {len(complete)} of {len(reasonings)} inputs", stage="reason"
             )
         return complete, usage
 

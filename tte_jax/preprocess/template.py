@@ -186,7 +186,8 @@ def image_loader(config: ImageConfig, *, max_pixels: int = MAX_IMAGE_PIXELS) -> 
                 "send an image",
                 reason="UNSUPPORTED_MEDIA",
             )
-        image = decode_image(media.data, max_pixels=max_pixels, field=path)
-        return patchify(image, config, field=path)
+        field = f"{path}.image.data" if path else ""
+        image = decode_image(media.data, max_pixels=max_pixels, field=field)
+        return patchify(image, config, field=field)
 
     return load
