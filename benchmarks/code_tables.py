@@ -21,7 +21,6 @@ _LIMITS = {
     "MAX_INSTRUCTION_CHARS": "characters of an instruction",
     "MAX_REASONING_CHARS": "characters of an ECR or of a text to rerank",
     "MAX_IMAGE_PIXELS": "pixels of an image",
-    "MAX_VIDEO_FRAMES": "frames taken of a video (not served yet)",
     "MAX_PAGES": "page numbers of a page part (not served yet)",
     "MAX_ID_CHARS": "characters of a document id",
     "MAX_METADATA_FIELDS": "metadata fields of a document",

@@ -90,6 +90,7 @@ def model_info(role: Role, *, dimension: int = 0) -> model_pb2.ModelInfo:
         max_sequence_tokens=role.max_sequence_tokens,
         accepts_media=role.accepts_media,
         dimension=dimension,
+        max_new_tokens=role.max_new_tokens,
         compile_count=role.compile_count,
         warm_compile_count=role.warm_compile_count,
         queue_depth=len(role.queue),

@@ -13,7 +13,6 @@ MAX_TEXT_CHARS = 8_192
 MAX_INSTRUCTION_CHARS = 2_048
 MAX_REASONING_CHARS = 32_768  # an ECR's text where a request carries one, and texts to rerank
 MAX_IMAGE_PIXELS = 50_000_000
-MAX_VIDEO_FRAMES = 64
 MAX_PAGES = 10_000
 
 # Documents, metadata and filters

@@ -96,8 +96,8 @@ class Reasoner(Role):
         )
 
     @property
-    def max_tokens(self) -> int:
-        """The largest budget that this model is served with; a larger one is cut to it."""
+    def max_new_tokens(self) -> int:
+        """The largest budget that this model is served with; a larger one is spent up to it."""
         return self.served.buckets.new_tokens
 
     @property
@@ -114,7 +114,8 @@ class Reasoner(Role):
         """One ECR per item, in order. Blocking; any number of items.
 
         Raises:
-          InvalidInputError: an item or the budget is wrong; `field` names which.
+          InvalidInputError: an item or the budget is wrong; `field` names which. A budget above
+            `max_new_tokens` is not: that much of it is spent.
           InternalError: the model made NaN, or failed.
         """
         return self.run(items, max_tokens, sampling=sampling)[0]
@@ -205,10 +206,10 @@ class Reasoner(Role):
         """
         if max_tokens < 0:
             raise InvalidInputError(
-                f"max_tokens: {max_tokens} is below 0", field="max_tokens", limit=self.max_tokens
+                f"max_tokens: {max_tokens} is below 0", field="max_tokens", limit=self.max_new_tokens
             )
-        # A budget is an upper bound, and a smaller one keeps it.
-        max_tokens = min(max_tokens, self.max_tokens)
+        # A budget is an upper bound, and a smaller one keeps it; `truncated` says where it bit.
+        max_tokens = min(max_tokens, self.max_new_tokens)
         if not 0.0 <= sampling.temperature <= 2.0 or not 0.0 < sampling.top_p <= 1.0:
             raise InvalidInputError(
                 f"sampling: temperature {sampling.temperature} must be in [0, 2] and top_p "

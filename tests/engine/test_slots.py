@@ -67,7 +67,10 @@ def test_a_budget_too_small_for_an_answer_means_no_reasoning(reasoner):
 
 
 def test_a_budget_above_the_models_is_cut_to_it(reasoner):
-    assert reasoner.reason(ITEMS[:1], 4096)[0].tokens <= reasoner.max_tokens
+    limit = reasoner.max_new_tokens
+    reasonings = reasoner.reason(ITEMS, 4096)
+    assert reasonings == reasoner.reason(ITEMS, limit)
+    assert max(r.tokens for r in reasonings) <= limit
 
 
 def test_what_runs_beside_a_sequence_does_not_change_it(reasoner):

@@ -30,7 +30,9 @@ class Budget(_message.Message):
     REWRITE_TOKENS_FIELD_NUMBER: _builtins.int
     RERANK_DEPTH_FIELD_NUMBER: _builtins.int
     reasoning_tokens: _builtins.int
-    """New tokens for the query's ECR, at most 4,096. Default 64; 0 = embed the query without an ECR."""
+    """New tokens for the query's ECR, at most 4,096. Default 64; 0 = embed the query without an ECR.
+    As everywhere, a model spends no more than its own `ModelInfo.max_new_tokens`.
+    """
     candidates: _builtins.int
     """K, how many candidates the first stage keeps, 1 to 1,000. Default 50. A `top_k` above it raises
     it.

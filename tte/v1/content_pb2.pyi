@@ -4,7 +4,9 @@ isort:skip_file
 The public API of tte-jax: reason, embed, search, rewrite, rerank.
 
 Limits that hold everywhere. A request beyond one of them fails with INVALID_ARGUMENT and a
-`google.rpc.BadRequest` that names the field; nothing is cut silently.
+`google.rpc.BadRequest` that names the field; nothing is cut silently. Two things are
+no errors: of a reasoning (ECR) of more than 500 words, models read the first 500; and a token
+budget above a model's own largest, `ModelInfo.max_new_tokens`, is spent only up to that.
   - a message: 32 MB (33,554,432 bytes), both ways
   - a batch: 64 items
   - a text part: 8,192 characters; an instruction: 2,048
@@ -131,11 +133,11 @@ class Part(_message.Message):
 
     @_builtins.property
     def video(self) -> Global___Video:
-        """A video; frames are sampled evenly from it."""
+        """A video. Not served yet; see `Video`."""
 
     @_builtins.property
     def page(self) -> Global___Page:
-        """One page of a document."""
+        """One page of a PDF. Not served yet; see `Page`."""
 
     def __init__(
         self,
@@ -181,13 +183,15 @@ Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
 class Video(_message.Message):
-    """An encoded video."""
+    """An encoded video. The index stores it, but no model of this version reads it: requests that would
+    need one to are UNIMPLEMENTED with reason UNSUPPORTED_MEDIA.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The file's bytes (MP4, WebM, ...). At most 64 frames are sampled, evenly over its length."""
+    """The file's bytes (MP4, WebM, ...)."""
     def __init__(
         self,
         *,
@@ -203,7 +207,7 @@ Global___Video: _TypeAlias = Video  # noqa: Y015
 
 @_typing.final
 class Page(_message.Message):
-    """One page of a PDF."""
+    """One page of a PDF. As `Video`, it is stored but not read yet: UNIMPLEMENTED."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

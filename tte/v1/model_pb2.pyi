@@ -34,6 +34,7 @@ class ModelInfo(_message.Message):
     WARM_COMPILE_COUNT_FIELD_NUMBER: _builtins.int
     QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     QUEUE_CAPACITY_FIELD_NUMBER: _builtins.int
+    MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Human-readable name of the model."""
     model_version: _builtins.str
@@ -47,7 +48,7 @@ class ModelInfo(_message.Message):
     max_sequence_tokens: _builtins.int
     """Longest sequence in tokens, vision tokens included. Longer input is INVALID_ARGUMENT."""
     accepts_media: _builtins.bool
-    """Whether images, videos and pages are accepted; else they are UNIMPLEMENTED."""
+    """Whether images are accepted; else they are UNIMPLEMENTED. Videos and pages are not read yet."""
     dimension: _builtins.int
     """Embedding dimension; 0 for models that do not embed."""
     compile_count: _builtins.int
@@ -59,7 +60,14 @@ class ModelInfo(_message.Message):
     queue_depth: _builtins.int
     """Items waiting for the device now."""
     queue_capacity: _builtins.int
-    """Items that may wait; beyond it requests fail with RESOURCE_EXHAUSTED and `RetryInfo`."""
+    """Items that may wait; beyond it requests fail with RESOURCE_EXHAUSTED and `RetryInfo`. It holds
+    for queries (rewrites and reranks included) and for documents (mining included) separately, and
+    queries go first.
+    """
+    max_new_tokens: _builtins.int
+    """The largest reasoning this model is served with, in new tokens; a larger budget is spent only up
+    to here. 0 for models that do not generate.
+    """
     def __init__(
         self,
         *,
@@ -75,10 +83,11 @@ class ModelInfo(_message.Message):
         warm_compile_count: _builtins.int = ...,
         queue_depth: _builtins.int = ...,
         queue_capacity: _builtins.int = ...,
+        max_new_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_media", b"accepts_media", "architecture", b"architecture", "compile_count", b"compile_count", "device", b"device", "dimension", b"dimension", "dtype", b"dtype", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "model_version", b"model_version", "queue_capacity", b"queue_capacity", "queue_depth", b"queue_depth", "warm_compile_count", b"warm_compile_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_media", b"accepts_media", "architecture", b"architecture", "compile_count", b"compile_count", "device", b"device", "dimension", b"dimension", "dtype", b"dtype", "max_new_tokens", b"max_new_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "model_version", b"model_version", "queue_capacity", b"queue_capacity", "queue_depth", b"queue_depth", "warm_compile_count", b"warm_compile_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,7 +108,9 @@ class ReasonRequest(_message.Message):
     OMIT_DELTAS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Hard limit of new tokens for each input, answer line included, 1 to 4,096. Default 64. When the
-    thinking would exceed it, the think block is closed and the answer line still follows.
+    thinking would exceed it, the think block is closed, the answer line still follows, and the
+    result says `truncated`. Above `ModelInfo.max_new_tokens` that number is the limit. Too few
+    tokens for the closing tag and an answer make an empty reasoning.
     """
     omit_deltas: _builtins.bool
     """True leaves the deltas out; results and usage are sent as always."""

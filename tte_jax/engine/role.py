@@ -83,6 +83,11 @@ class Role:
         raise NotImplementedError
 
     @property
+    def max_new_tokens(self) -> int:
+        """The largest reasoning, in new tokens; 0 for a role that does not generate."""
+        return 0
+
+    @property
     def ready(self) -> bool:
         """Whether warm-up is over."""
         return self._warm_compiles > 0
