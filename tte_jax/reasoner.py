@@ -206,7 +206,9 @@ class Reasoner(Role):
         """
         if max_tokens < 0:
             raise InvalidInputError(
-                f"max_tokens: {max_tokens} is below 0", field="max_tokens", limit=self.max_new_tokens
+                f"max_tokens: {max_tokens} is below 0",
+                field="max_tokens",
+                limit=self.max_new_tokens,
             )
         # A budget is an upper bound, and a smaller one keeps it; `truncated` says where it bit.
         max_tokens = min(max_tokens, self.max_new_tokens)
