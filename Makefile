@@ -9,8 +9,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 
-# Where the tests' torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to spare
-# the gigabytes of CUDA that the default Linux wheel brings.
+# An extra package index for the tests' torch: one of CPU-only builds spares the gigabytes of CUDA
+# that the default Linux wheel brings.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
