@@ -67,10 +67,14 @@ class Reranker(Role):
         c, b = served.config.text, served.buckets
         self._prefixes, self._shapes = b.prefix, b.score
         self._batcher: Batcher | None = None
-        self.prefix_cache: ByteLru[KVCache] = ByteLru(
-            prefix_cache_bytes, lambda kv: kv.k.nbytes + kv.v.nbytes
-        )
         dtype = served.model.text.norm_d[...].dtype
+        # A large model's prefix alone can be above the bound, and a request of several batches
+        # needs its own until its end.
+        largest = 2 * c.layers * max(self._prefixes) * c.kv_heads * c.head_dim
+        self.prefix_cache: ByteLru[KVCache] = ByteLru(
+            max(prefix_cache_bytes, largest * dtype.itemsize),
+            lambda kv: kv.k.nbytes + kv.v.nbytes,
+        )
         score = partial(programs.score, yes_id=served.prompts.yes_id, no_id=served.prompts.no_id)
 
         def ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny_models
 from tte_jax.errors import InvalidInputError
+from tte_jax.reranker import Reranker
 
 CANDIDATES = ["a cat", "the smiling dog face with a dark skin tone", "dog", "", "a cat"]
 
@@ -91,3 +92,23 @@ def test_the_field_at_fault_is_named(reranker):
 
 def test_no_candidates_are_no_scores(reranker):
     assert reranker.score("a", []).shape == (0,)
+
+
+def test_a_prefix_larger_than_the_caches_bound_is_still_read_once():
+    served = tiny_models.reranker().served
+    with Reranker(served, prefix_cache_bytes=0) as role:
+        role.warmup()
+        run, names = role.table.run, []
+
+        def watching(name, *arguments):
+            names.append(name)
+            return run(name, *arguments)
+
+        role.table.run = watching
+        scores = role.score("a red cat", CANDIDATES * 20)
+        assert names.count("prefix") == 1 and names.count("score") > 1
+        assert role.score("another query", ["a cat"]).shape == (1,)
+        assert len(role.prefix_cache) == 1
+    np.testing.assert_allclose(
+        scores, tiny_models.reranker().score("a red cat", CANDIDATES * 20), atol=1e-6
+    )
