@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import queue as thread_queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from tte_jax.content import NO_REASONING, Reasoning, Usage
-from tte_jax.engine.batcher import RequestQueue, complete
+from tte_jax.engine.batcher import RequestQueue, as_tte, complete
 from tte_jax.engine.buckets import smallest
 from tte_jax.engine.inputs import model_input
 from tte_jax.engine.programs import Stops
@@ -19,6 +20,8 @@ from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.ecr import END_THINK, parse_ecr
 from tte_jax.stages import ReasonItem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,11 @@ class Reasoner(Role):
             elif (error := future.exception()) is not None:
                 complete(out, error=error)
             else:
-                complete(out, result=self._finished(index, job, future.result()))
+                try:
+                    complete(out, result=self._finished(index, job, future.result()))
+                except Exception as error:  # nobody else would ever complete `out`
+                    log.exception("a finished sequence could not be read")
+                    complete(out, error=as_tte(error))
 
         out.add_done_callback(inward)
         running.add_done_callback(outward)

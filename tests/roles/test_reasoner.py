@@ -4,7 +4,7 @@ import pytest
 
 from tests import tiny_models
 from tte_jax.content import Content, Side, Task
-from tte_jax.errors import InvalidInputError, UnavailableError, UnsupportedError
+from tte_jax.errors import InternalError, InvalidInputError, UnavailableError, UnsupportedError
 from tte_jax.reasoner import Delta, Finished, Reasoner
 from tte_jax.stages import ReasonItem
 
@@ -58,7 +58,7 @@ def test_a_rewrite_reads_the_query_and_the_candidate(reasoner):
         )
 
     assert rewrite("a dog").input.ids.tolist() != rewrite("a cat").input.ids.tolist()
-    assert reasoner.submit([rewrite("a dog")])[0].result(60).reasoning.answer is not None
+    assert reasoner.submit([rewrite("a dog")])[0].result(60).reasoning.tokens > 0
 
 
 def test_the_field_at_fault_is_named(reasoner):
@@ -92,3 +92,14 @@ def test_a_text_model_refuses_images(tmp_path):
 def test_no_items_are_no_work(reasoner):
     assert reasoner.reason([], 24) == []
     assert list(reasoner.stream([], 24)) == []
+
+
+def test_a_sequence_that_cannot_be_read_is_answered_with_an_error(reasoner, monkeypatch):
+    def broken(ids):
+        raise ValueError("no such token")
+
+    job = reasoner.prepare(CAT, 24)
+    monkeypatch.setattr(reasoner.served.prompts.tokenizer, "decode", broken)
+    with pytest.raises(InternalError) as caught:
+        reasoner.submit([job])[0].result(60)
+    assert "no such token" not in caught.value.message
