@@ -10,6 +10,7 @@ import enum
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 MetadataValue = str | int | float | bool
 Metadata = Mapping[str, MetadataValue]
@@ -56,7 +57,7 @@ class Media:
     kind: MediaKind = MediaKind.IMAGE
     page: int = 0
 
-    @property
+    @cached_property  # of megabytes, and every layer asks for it
     def sha256(self) -> str:
         """Content hash (64 hex characters), the key of every cache and of the media store."""
         return hashlib.sha256(self.data).hexdigest()
