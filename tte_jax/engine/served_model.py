@@ -128,7 +128,13 @@ def cached_media(load: LoadMedia, *, max_bytes: int = 64 * 2**20) -> LoadMedia:
 def fingerprint(directory: Path, prompts: str) -> str:
     """12 hex digits over everything in the directory that changes what the model answers."""
     digest = hashlib.sha256(f"prompts:{prompts};".encode())
-    for name in ("config.json", "tte.json", "tokenizer.json", "preprocessor_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",  # has the tokens that end a text
+        "tte.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    ):
         file = directory / name
         if file.is_file():
             digest.update(f"{name}:{hashlib.sha256(file.read_bytes()).hexdigest()};".encode())
