@@ -84,8 +84,11 @@ def listed(root: Path) -> list[Path]:
 
 
 def size(path: Path) -> int:
-    """Bytes of one snapshot."""
-    return sum(file.stat().st_size for file in path.iterdir())
+    """Bytes of one snapshot; 0 when a newer one has just replaced it."""
+    try:
+        return sum(file.stat().st_size for file in path.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 def load_newest(
