@@ -148,9 +148,7 @@ def ranks(order: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(hit.any(1), hit.argmax(1), order.shape[1])
 
 
-def summary(
-    rank: np.ndarray, pool: int, rng: np.random.Generator
-) -> dict[str, float | list[float]]:
+def summary(rank: np.ndarray, rng: np.random.Generator) -> dict[str, float | list[float]]:
     out: dict[str, float | list[float]] = {}
     for k in (1, 10):
         hits = (rank < k).astype(float)

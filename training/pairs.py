@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,10 @@ ECR_ROOM = 32  # tokens of an ECR that are learnt; one in a hundred has up to fo
 _PICTURE = Media(b"picture")
 
 
+# NumPy where a batch is made, traced inside a step.
+Leaf = Any
+
+
 @dataclass(frozen=True)
 class Sequences:
     """A group of equally long sequences: prompt, ECR, `<|im_end|>`, pads, and a lone `<|im_end|>`.
@@ -46,13 +51,13 @@ class Sequences:
       weights: [B, ECR_ROOM] float32, 0 where nothing is to be learnt (pads, corrupted ECRs).
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
-    vis_idx: np.ndarray
-    prompt: np.ndarray
-    end: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    ids: Leaf
+    positions: Leaf
+    vis_idx: Leaf
+    prompt: Leaf
+    end: Leaf
+    targets: Leaf
+    weights: Leaf
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,14 @@ class Batch:
       answers: [Q] int32 document of each query.
     """
 
-    pictures: np.ndarray
-    picture_concepts: np.ndarray
+    pictures: Leaf
+    picture_concepts: Leaf
     documents: Sequences
     text: Sequences
     image: Sequences
     composed: Sequences
-    concepts: np.ndarray
-    answers: np.ndarray
+    concepts: Leaf
+    answers: Leaf
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from training import builtin
 from training.checkpoint import Checkpoints
+from training.pairs import Leaf
 from training.prefetch import prefetch
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.models.multimodal import MultimodalLM
@@ -64,11 +65,11 @@ class Config:
 class Lists:
     """One batch: prefixes [B Tp], suffixes [B C Ts] with their lengths, and labels [B C]."""
 
-    prefix: np.ndarray
-    prefix_length: np.ndarray
-    suffix: np.ndarray
-    suffix_length: np.ndarray
-    labels: np.ndarray
+    prefix: Leaf
+    prefix_length: Leaf
+    suffix: Leaf
+    suffix_length: Leaf
+    labels: Leaf
 
 
 PREFIX_ROOM, SUFFIX_ROOM = 48, 48
@@ -169,7 +170,7 @@ def main(config: Config) -> None:
             mask=lambda tree: jax.tree.map(lambda x: x.size > 4096, tree),
         ),
     )
-    opt_state = tx.init(model)
+    opt_state = tx.init(model)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
 
     # --- step -------------------------------------------------------------------------------
     def loss_of(model: MultimodalLM, batch: Lists):

@@ -55,9 +55,9 @@ def spoil(picture: np.ndarray, rng: np.random.Generator, strength: float) -> np.
         image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
     if rng.random() < strength:
         cut = int(side * 0.18 * strength)
-        left, top = rng.integers(0, cut + 1, 2)
+        left, top = (int(edge) for edge in rng.integers(0, cut + 1, 2))
         box = (left, top, side - cut + left, side - cut + top)
-        image = image.crop(tuple(int(b) for b in box)).resize((side, side))
+        image = image.crop(box).resize((side, side))
     if rng.random() < 0.6 * strength:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 2.5))))
     if rng.random() < 0.5 * strength:

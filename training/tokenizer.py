@@ -75,7 +75,7 @@ def main(config: Config) -> None:
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # pyright: ignore[reportArgumentType]  # bytes leave nothing unknown
         bos_token=None,
         additional_special_tokens=list(SPECIAL[1:]),
     )

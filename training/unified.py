@@ -31,6 +31,7 @@ from training.data.emoji import load
 from training.pairs import ECR_ROOM, Batch, Mix, PairSource, Sequences
 from training.prefetch import prefetch
 from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.vision import VisionTower
 from tte_jax.nn.norms import l2_normalise
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.weights import hf
@@ -168,10 +169,10 @@ def main(config: Config) -> None:
             mask=lambda tree: jax.tree.map(lambda x: x.size > 4096, tree),
         ),
     )
-    opt_state = tx.init(trained)
+    opt_state = tx.init(trained)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
 
     # --- step -------------------------------------------------------------------------------
-    def loss_of(trained: Trained, visual: nnx.Module, key: Array, batch: Batch):
+    def loss_of(trained: Trained, visual: VisionTower, key: Array, batch: Batch):
         pixels = images.augment(
             key,
             batch.pictures,

@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     # --- result -----------------------------------------------------------------------------
     model = nnx.merge(graph, params)
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(model.visual))}
-    np.savez(config.out / "visual.npz", **leaves)
+    np.savez(config.out / "visual.npz", **leaves)  # pyright: ignore[reportArgumentType]  # names are digits
     print(f"wrote {config.out / 'visual.npz'}")
 
 

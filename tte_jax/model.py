@@ -18,6 +18,7 @@ from tte_jax.errors import InvalidInputError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
+from tte_jax.preprocess.patches import Grid
 from tte_jax.preprocess.positions import mrope_positions, text_positions
 from tte_jax.preprocess.vision_plan import plan_vision
 from tte_jax.weights import hf
@@ -177,7 +178,7 @@ class Model:
         if pixel_values is not None and image_grid_thw is not None:
             pack = self._pack(pixel_values, image_grid_thw)
             self._place(ids, valid, np.asarray(image_grid_thw), vis_idx)
-        grids = [] if image_grid_thw is None else [tuple(map(int, g)) for g in image_grid_thw]
+        grids = [] if image_grid_thw is None else _grids(image_grid_thw)
         for row, real in enumerate(valid):
             tokens = ids[row, real]
             if c.vision is None:
@@ -215,9 +216,7 @@ class Model:
                 f" got {patches.shape}.",
                 field="pixel_values",
             )
-        plan = plan_vision(
-            [tuple(map(int, g)) for g in grids], merge_size=vision.merge_size, bucket=None
-        )
+        plan = plan_vision(_grids(grids), merge_size=vision.merge_size, bucket=None)
         return patches[None], plan.hw[None], plan.segments[None]
 
     def _place(
@@ -249,6 +248,10 @@ class _Inputs:
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.ids, self.valid, self.positions, self.vis_idx, self.pack
+
+
+def _grids(rows: np.ndarray) -> list[Grid]:
+    return [(int(t), int(h), int(w)) for t, h, w in rows]
 
 
 @jax.jit

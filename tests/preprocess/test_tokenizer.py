@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models
@@ -28,6 +28,7 @@ def reference(tokenizer_dirs: dict[str, Path]):
 @given(text=st.text(max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_encodes_as_the_reference(tokenizer: Tokenizer, reference, text: str) -> None:
+    assume(not any(control in text for control in CONTROLS))  # those are the next test's
     assert tokenizer.encode(text) == reference(text)["input_ids"]
 
 

@@ -137,7 +137,7 @@ class TextDecoder(nnx.Module):
                 q = rms_norm(q, w["q_norm_h"], c.rms_eps)
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            before = None if earlier is None else Prefix(*earlier, prefix_mask)
+            before = None if earlier is None else Prefix(earlier[0], earlier[1], prefix_mask)
             x = x + jnp.einsum(
                 "btnh,nhd->btd", attend(q, k, v, mask=mask, prefix=before), w["o_nhd"]
             )

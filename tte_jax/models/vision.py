@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -96,7 +97,7 @@ class VisionTower(nnx.Module):
         head = c.embed_dim // c.heads
         inverse = frequencies(head // 2, ROTARY_THETA)
         axes = (0,) * len(inverse) + (1,) * len(inverse)
-        cos, sin = rotary_tables(jnp.swapaxes(hw, 1, 2), axes, jnp.concatenate([inverse] * 2))
+        cos, sin = rotary_tables(jnp.swapaxes(hw, 1, 2), axes, np.tile(inverse, 2))
         mask = segments[:, :, None] == segments[:, None, :]
 
         def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:

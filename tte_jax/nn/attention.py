@@ -59,8 +59,8 @@ def attend(
     batch, length, heads, size = q.shape
     kv_heads = k.shape[2]
     groups = heads // kv_heads
-    scale = size**-0.5 if scale is None else scale
-    q_btkgh = (q * scale).reshape(batch, length, kv_heads, groups, size)
+    factor = size**-0.5 if scale is None else scale
+    q_btkgh = (q * factor).reshape(batch, length, kv_heads, groups, size)
     logits = _logits(q_btkgh, k, mask)
     if prefix is None:
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -217,4 +217,8 @@ def _read(
     sharding = sharding_of(entry.path, shape) if sharding_of else None
     if sharding is None:
         return jnp.asarray(build((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, build)
+    return jax.make_array_from_callback(
+        shape,
+        sharding,
+        build,  # pyright: ignore[reportArgumentType]  # parameters are sharded, their index is no None
+    )
