@@ -152,16 +152,20 @@ class Embedder(Role):
           OverloadedError, UnavailableError: as `RequestQueue.put`, and before warm-up.
         """
         self.require_ready()
-        entries = [
-            Entry(
-                job.input,
-                cost=job.input.tokens,
-                group=smallest(job.input.tokens, (t for _, t in self._shapes), what="the content"),
-                deadline=deadline,
-                background=job.background,
+        entries = []
+        for job in jobs:
+            one = job.input
+            tokens = smallest(one.tokens, (t for _, t in self._shapes), what="the content")
+            entries.append(
+                Entry(
+                    one,
+                    cost=one.tokens,
+                    group=tokens,
+                    max_batch=max(b for b, t in self._shapes if t == tokens),
+                    deadline=deadline,
+                    background=job.background,
+                )
             )
-            for job in jobs
-        ]
         if entries:
             self.queue.put(entries, wait=wait)
         return [e.future for e in entries]

@@ -182,6 +182,7 @@ class Reranker(Role):
                     job,
                     cost=job.suffix.tokens,
                     group=(job.prefix_key, tokens),
+                    max_batch=max(n for n, t in self._shapes if t == tokens),
                     deadline=deadline,
                     background=background,
                 )

@@ -224,6 +224,15 @@ def test_take_respects_the_cost_of_a_batch_but_always_takes_one():
     assert queue.queued_cost == 0
 
 
+def test_no_more_run_together_than_the_group_allows():
+    """Else a few long documents would be several device runs in a row that no query can part."""
+    queue = RequestQueue()
+    queue.put([Entry(n, group="long", max_batch=2) for n in range(3)])
+    queue.put([Entry(n, group="short", max_batch=16) for n in range(10, 15)])
+    batches = [[e.payload for e in queue.take(max_entries=4)] for _ in range(4)]
+    assert batches == [[0, 1], [2], [10, 11, 12, 13], [14]]
+
+
 def document(n: int, **values) -> Entry:
     return Entry(n, background=True, **values)
 

@@ -46,6 +46,7 @@ class Entry:
       payload: what the runner gets.
       cost: tokens it will put through the model; the queue's bound counts these.
       group: entries are batched only with entries of an equal group.
+      max_batch: how many of the group run at once; None = as many as the runner takes.
       deadline: `time.monotonic()` instant after which nobody wants the result; None = never.
       background: waits in the documents' lane, behind queries; else in the queries'.
       future: completed with the result or an error of `tte_jax.errors`.
@@ -56,6 +57,7 @@ class Entry:
     payload: Any
     cost: int = 1
     group: Any = None
+    max_batch: int | None = None
     deadline: float | None = None
     background: bool = False
     future: Future[Any] = field(default_factory=Future)
@@ -213,6 +215,8 @@ class RequestQueue:
             cost = 0
             now = time.monotonic()
             rest: deque[Entry] = deque()
+            if lane.entries and (most := lane.entries[0].max_batch) is not None:
+                max_entries = min(max_entries, most)
             for entry in lane.entries:
                 fits = len(taken) < max_entries and (
                     not taken
