@@ -22,7 +22,7 @@ import numpy as np
 
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Entry, RequestQueue, as_tte, complete
-from tte_jax.engine.buckets import Buckets, longest, plan_batches
+from tte_jax.engine.buckets import Buckets, plan_batches
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
 from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
@@ -152,11 +152,6 @@ class DecodeLoop:
     def active(self) -> int:
         """How many slots are taken now."""
         return sum(o is not None for o in self._slots)
-
-    @property
-    def max_prompt(self) -> int:
-        """The longest prompt, tokens."""
-        return longest(self._buckets.prefill)
 
     def start(self) -> None:
         """Allocates the caches and starts the thread; after the table's warm-up. Idempotent."""

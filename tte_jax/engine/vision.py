@@ -67,8 +67,6 @@ class VisionEncoder:
         self._config = config
         self._shapes = tuple(shapes)
         self.cache: ByteLru[np.ndarray] = ByteLru(cache_bytes, lambda x: x.nbytes)
-        self.patches_run = 0
-        self.patches_padding = 0
         for g, p in self._shapes:
             table.add(
                 "encode_images",
@@ -131,9 +129,6 @@ class VisionEncoder:
             patches[row, : pack.used] = np.concatenate([i.patches for i in pack.images])
         out = np.asarray(self._table.run("encode_images", shape, patches, hw, segments))
         out = out.reshape(g, p // merged, -1)
-        used = sum(pack.used for pack in packs)
-        self.patches_run += used
-        self.patches_padding += g * p - used
         for row, pack in enumerate(packs):
             at = 0
             for image in pack.images:
