@@ -210,6 +210,16 @@ def test_a_torn_snapshot_is_skipped_with_a_warning(tmp_path, caplog, file, damag
     index.close()
 
 
+def test_a_snapshot_replaced_while_its_size_is_asked_counts_nothing(index, monkeypatch, tmp_path):
+    index.upsert([make_entry("a", unit(1, 0))])
+    size = index.snapshot().bytes
+    assert size > 0
+    before = index.stats().database_bytes
+    listed = snapshots.listed
+    monkeypatch.setattr(snapshots, "listed", lambda root: [*listed(root), tmp_path / "just gone"])
+    assert index.stats().database_bytes == before
+
+
 def test_with_every_snapshot_torn_the_database_is_enough(tmp_path, caplog):
     _three_generations(tmp_path)
     for snapshot in (tmp_path / "snapshots").iterdir():
