@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test lint format types protos breaking bench clean
+.PHONY: help install serve demo test lint format types protos breaking bench clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -25,6 +25,7 @@ help:
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
 	@echo "make bench     measure, see benchmarks/"
+	@echo "make install   only make .venv with everything for development"
 	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
 
 $(BIN)/python:
@@ -42,6 +43,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed-dev
 
 serve: $(VENV)/.installed
 	$(BIN)/tte serve
