@@ -30,7 +30,7 @@ class InvalidInputError(TteError):
     """The request itself is wrong; sending it again cannot help.
 
     Attributes:
-      field: path of the field at fault, such as `query.parts[0].image`.
+      field: path of the field at fault, such as `query.parts[0].image.data`.
     """
 
     code = "INVALID_ARGUMENT"
