@@ -52,7 +52,7 @@ class Config:
     out: Path = Path(".data/runs/rerank")
     lists: int = 16
     candidates: int = 6
-    steps: int = 400
+    steps: int = 300
     lr: float = 1.5e-3
     warmup: int = 40
     weight_decay: float = 0.05
