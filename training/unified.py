@@ -55,7 +55,7 @@ class Config:
     vision: Path = Path(".data/runs/vision/visual.npz")
     out: Path = Path(".data/runs/unified")
     mix: Mix = field(default_factory=Mix)
-    steps: int = 400
+    steps: int = 750
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 40
