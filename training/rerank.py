@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from training import builtin
 from training.checkpoint import Checkpoints
+from training.optimiser import adamw
 from training.pairs import Leaf
 from training.prefetch import prefetch
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
@@ -158,17 +159,8 @@ def main(config: Config) -> None:
     model.text.embed_vd[...] = start.embed_vd[...]
     for name in ("gate_df", "up_df", "down_fd"):
         getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, config.warmup, config.steps, config.lr / 100
-    )
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=config.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda x: x.size > 4096, tree),
-        ),
+    tx = adamw(
+        lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
     opt_state = tx.init(model)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
 

@@ -28,6 +28,7 @@ from jaxtyping import Array
 from training import builtin, images, sampling
 from training.checkpoint import Checkpoints
 from training.data.emoji import load
+from training.optimiser import adamw
 from training.pairs import ECR_ROOM, Batch, Mix, PairSource, Sequences
 from training.prefetch import prefetch
 from tte_jax.models.multimodal import MultimodalLM
@@ -157,17 +158,8 @@ def main(config: Config) -> None:
     sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
     model = rescaled(model, config.vision, config.feature_std, sample)
     trained = Trained(model)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, config.warmup, config.steps, config.lr / 100
-    )
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=config.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda x: x.size > 4096, tree),
-        ),
+    tx = adamw(
+        lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
     opt_state = tx.init(trained)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
 

@@ -27,6 +27,7 @@ from jaxtyping import Array
 from training import builtin, images, sampling
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
+from training.optimiser import adamw
 from training.prefetch import prefetch
 from training.words import concept_words
 from tte_jax.models.vision import VisionTower
@@ -138,16 +139,7 @@ def main(config: Config) -> None:
     # --- model and optimiser ------------------------------------------------------------------
     model = Classifier(classes, rngs=nnx.Rngs(config.seed))
     total = sum(steps for _, steps, _ in config.phases)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup, total, 1e-5)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=config.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda x: x.ndim > 2 or x.size > 4096, tree),
-        ),
-    )
+    tx = adamw(lr=config.lr, warmup=config.warmup, steps=total, weight_decay=config.weight_decay)
     graph, params = nnx.split(model)
     opt_state = tx.init(params)
 
