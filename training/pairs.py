@@ -73,6 +73,7 @@ class Batch:
       documents, text, image, composed: the sequences of each group.
       concepts: [B] int32 concept of each document.
       answers: [Q] int32 document of each query.
+      proxies: [B + Q] int32, which training concept each document, then each query, is about.
     """
 
     pictures: Leaf
@@ -83,14 +84,15 @@ class Batch:
     composed: Sequences
     concepts: Leaf
     answers: Leaf
+    proxies: Leaf
 
 
 @dataclass(frozen=True)
 class Mix:
     """Queries of each kind in a batch (image ≤ text), and how often an ECR is a wrong one."""
 
-    text: int = 40
-    image: int = 24
+    text: int = 64
+    image: int = 8
     composed: int = 32
     corrupt: float = 0.25
     corrupt_text: float = 0.1
@@ -125,6 +127,20 @@ class PairSource:
         while True:
             yield self._batch(np.random.default_rng((self._seed, step)), mix)
             step += 1
+
+    @property
+    def concepts(self) -> int:
+        """C: how many concepts have training pictures; proxies are numbered like them."""
+        return len(self._table.concepts)
+
+    def labels(self, rows: int) -> Iterator[Sequences]:
+        """The label of every training concept as a text query, `rows` at a time, padded at the
+        end with the last one again."""
+        prompts = [self._prompt(texts.label(c), False) for c in self._concepts()]
+        prompts += [prompts[-1]] * (-len(prompts) % rows)
+        for start in range(0, len(prompts), rows):
+            some = prompts[start : start + rows]
+            yield self.sequences(some, [""] * rows, [""] * rows, 60, None)
 
     def sequences(
         self,
@@ -222,6 +238,9 @@ class PairSource:
 
         count = len(answers)
         pictures = np.asarray(rows)
+        asking = np.concatenate(
+            [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]
+        ).astype(np.int32)
         return Batch(
             pictures=self._data.images[pictures],
             picture_concepts=self._data.concept_ids[pictures],
@@ -230,9 +249,8 @@ class PairSource:
             image=group([picture] * len(looks), 0, mix.corrupt, 59, count),
             composed=group(asked, len(plain), mix.corrupt, 71, count + len(looks)),
             concepts=self._table.concepts[answers],
-            answers=np.concatenate(
-                [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]
-            ).astype(np.int32),
+            answers=asking,
+            proxies=np.concatenate([np.array(answers), np.array(answers)[asking]]).astype(np.int32),
         )
 
     def _concept(self, index: int) -> Concept:

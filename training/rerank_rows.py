@@ -60,9 +60,8 @@ def spoil(picture: np.ndarray, rng: np.random.Generator, strength: float) -> np.
         image = image.crop(box).resize((side, side))
     if rng.random() < 0.6 * strength:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 2.5))))
-    if rng.random() < 0.5 * strength:
-        image = image.filter(ImageFilter.CONTOUR) if rng.random() < 0.4 else image.convert("L")
-        image = image.convert("RGB")
+    if rng.random() < 0.3 * strength:
+        image = image.convert("L").convert("RGB")
     spoilt = np.asarray(image, np.float32)
     spoilt = spoilt + rng.normal(0, 18 * strength, spoilt.shape)
     return np.clip(spoilt, 0, 255).astype(np.uint8)
@@ -86,7 +85,7 @@ def main(config: Config) -> None:
     table = image_table(data)
 
     def picture(row: int) -> Content:
-        spoilt = spoil(data.images[row], rng, float(rng.uniform(0.2, 1.0)))
+        spoilt = spoil(data.images[row], rng, float(rng.uniform(0.0, 0.5)))
         return Content.of("", png(spoilt))
 
     rows = documents(data, config.documents, rng)

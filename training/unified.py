@@ -45,6 +45,7 @@ class Config:
     Attributes:
       vision: `visual.npz` written by `training.vision`.
       tokenizer: folder written by `training.tokenizer`.
+      start: weights to begin the decoder from (an earlier run's `export`, with a config.json).
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       lm_weight: weight of the next-token loss beside the contrastive one.
       feature_std: vision features are rescaled to this spread at the start, near the embedding
@@ -55,6 +56,7 @@ class Config:
     tokenizer: Path = Path(".data/runs/tokenizer")
     vision: Path = Path(".data/runs/vision/visual.npz")
     out: Path = Path(".data/runs/unified")
+    start: Path | None = None
     mix: Mix = field(default_factory=Mix)
     steps: int = 750
     lr: float = 2e-3
@@ -67,10 +69,16 @@ class Config:
 
 
 class Trained(nnx.Module):
-    """What the optimiser sees: the decoder and the temperature."""
+    """What the optimiser sees: the decoder, the temperature, and a proxy for every concept.
 
-    def __init__(self, model: MultimodalLM) -> None:
+    A batch holds about a hundred documents, so in-batch negatives alone teach a hundred-way choice
+    where thousands are needed. Every embedding is therefore also classified against learnt proxies
+    of all training concepts (proxy-NCA); the proxies are thrown away.
+    """
+
+    def __init__(self, model: MultimodalLM, proxies: Array) -> None:
         self.text = model.text
+        self.proxies_cd = nnx.Param(proxies)
         self.log_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
 
 
@@ -141,6 +149,19 @@ def contrast(
     return 0.5 * (forward.mean() + backward.mean())
 
 
+def classify(embeddings: Array, proxies: Array, scale: Array, concepts: Array) -> Array:
+    """Cross-entropy of each embedding over all concepts' proxies; [B D], [C D], [B] → scalar."""
+    logits = scale * jnp.matmul(embeddings, l2_normalise(proxies).T)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, concepts).mean()
+
+
+def first_proxies(model: MultimodalLM, source: PairSource, rows: int = 64) -> Array:
+    """[C, D]: where the model, as it is, puts the label of each training concept."""
+    encode = jax.jit(lambda group: run(model, group, jnp.zeros((1, builtin.VISION.out_size)))[1])
+    parts = [np.asarray(encode(group)) for group in source.labels(rows)]
+    return jnp.asarray(np.concatenate(parts)[: source.concepts])
+
+
 jax.tree_util.register_dataclass(Sequences)
 jax.tree_util.register_dataclass(Batch)
 
@@ -157,7 +178,9 @@ def main(config: Config) -> None:
     model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
     sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
     model = rescaled(model, config.vision, config.feature_std, sample)
-    trained = Trained(model)
+    if config.start is not None:
+        model.text = hf.load(config.start).text
+    trained = Trained(model, first_proxies(model, source))
     tx = adamw(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
@@ -192,7 +215,11 @@ def main(config: Config) -> None:
             "mixed": contrast(qn, d_with, scale, concepts, batch.answers),
             "lm": lm / weights,
         }
-        total = losses["with"] + losses["none"] + 0.5 * losses["mixed"]
+        proxies, of = trained.proxies_cd[...], batch.proxies
+        losses["proxy_with"] = classify(jnp.concatenate([d_with, qw]), proxies, scale, of)
+        losses["proxy_none"] = classify(jnp.concatenate([d_none, qn]), proxies, scale, of)
+        total = 0.5 * (losses["with"] + losses["none"] + losses["mixed"])
+        total += losses["proxy_with"] + losses["proxy_none"]
         total += config.lm_weight * losses["lm"]
         hit = (jnp.matmul(qn, d_none.T).argmax(1) == batch.answers).mean()
         return total, {**losses, "hit_none": hit, "scale": scale}
