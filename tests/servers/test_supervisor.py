@@ -110,6 +110,8 @@ def test_no_child_outlives_a_killed_supervisor(tmp_path: Path) -> None:
         pids = [s.pid for s in until(lambda: ready(tmp_path), "both services").services]
         assert all(alive(pid) for pid in pids)
         process.kill()
+        # Children are told when the thread that started them ends; the lock goes with the last one.
+        process.wait(PATIENCE_S)
         until(lambda: not any(alive(pid) for pid in pids), "the children's end")
         # The file is still there, but nobody holds the lock: the system does not run.
         assert (tmp_path / "system.json").exists() and system_state.read(tmp_path) is None
