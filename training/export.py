@@ -154,7 +154,7 @@ def main(config: Config) -> None:
         "images": [[1, 36], [8, 36], [1, 96]],
         "prefill": [[1, 48], [16, 32], [4, 128]],
         "embed": [[1, 80], [16, 64], [2, 256]],
-        "prefix": [64, 128],
+        "prefix": [64, 256],
         "score": [[16, 48], [16, 128]],
     }
     tte = {"format": 1, "prompts": "mini", "version": config.version, "buckets": buckets}
