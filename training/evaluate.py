@@ -30,6 +30,7 @@ from tte_jax.builtin.models import EMBEDDER, REASONER, RERANKER, WEIGHTS_DIR
 from tte_jax.cascade.texts import rerank_text
 from tte_jax.content import NO_REASONING, Content, Reasoning, Side
 from tte_jax.embedder import Embedder
+from tte_jax.errors import InvalidInputError
 from tte_jax.reasoner import Reasoner
 from tte_jax.reranker import Reranker
 from tte_jax.stages import EmbedItem, ReasonItem
@@ -158,6 +159,16 @@ def summary(rank: np.ndarray, rng: np.random.Generator) -> dict[str, float | lis
     return out
 
 
+def score_readable(reranker: Reranker, query: str, candidates: list[str]) -> np.ndarray:
+    """Scores as the cascade uses them: what is too long for the model stays below the others."""
+    try:
+        return reranker.score(query, candidates)
+    except InvalidInputError:
+        if len(candidates) == 1:
+            return np.array([-1.0], np.float32)
+        return np.concatenate([score_readable(reranker, query, [c]) for c in candidates])
+
+
 def evaluate(
     roles: Roles, queries: list[Query], pool: Pool, config: Config
 ) -> dict[str, dict[str, object]]:
@@ -178,7 +189,7 @@ def evaluate(
         for row, (query, ecr) in enumerate(zip(queries, ecrs, strict=True)):
             head = reranked[row, : config.depth]
             candidates = [rerank_text(pool.reasonings[i]) for i in head]
-            scores = roles.reranker.score(rerank_text(ecr, query.content), candidates)
+            scores = score_readable(roles.reranker, rerank_text(ecr, query.content), candidates)
             reranked[row, : config.depth] = head[np.argsort(-scores, kind="stable")]
         arms["ecr+ecrr"] = reranked
     rng = np.random.default_rng(config.seed)
