@@ -13,6 +13,8 @@ from __future__ import annotations
 import io
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -320,7 +322,7 @@ def main(config: Config) -> None:
         ),
     }
     report: dict[str, object] = {
-        "command": "python -m training.evaluate",
+        "command": shlex.join(["python", "-m", "training.evaluate", *sys.argv[1:]]),
         "models": {
             "reasoner": roles.reasoner.version,
             "embedder": roles.embedder.version,
