@@ -6,6 +6,7 @@ from tte_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.tokenizer import Tokenizer
 
+VOCABULARY = 4096
 SIDE = 84  # pixels; every picture is resized to 84 x 84: 36 patches, 9 vision tokens
 
 IMAGES = ImageConfig(
@@ -29,7 +30,7 @@ def _text(*, layers: int, inner: int, qwen3: bool) -> TextConfig:
     sections = (8, 12, 12)  # time, height, width: half of head_dim in all
     axes = tuple(axis for axis, n in enumerate(sections) for _ in range(n))
     return TextConfig(
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=inner,
         layers=layers,

@@ -1,12 +1,43 @@
-"""The optimiser that all stages share."""
+"""The optimisers of the training stages."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 # Norm weights, biases and the temperature are smaller than this and are not decayed.
 _MATRIX = 4096
+
+# Which axes of a stacked weight are its inputs and outputs; the others (layers; query, key and
+# value) are separate matrices. The vision merger's wide square matrix is left to Adam: it alone
+# would cost as much as all others together.
+_MATRICES = {
+    "qkv_e3nh": MuonDimensionNumbers(1, (3, 4)),
+    "o_nhe": MuonDimensionNumbers((1, 2), 3),
+    "fc1_ef": MuonDimensionNumbers(1, 2),
+    "fc2_fe": MuonDimensionNumbers(1, 2),
+    "merge2_gd": MuonDimensionNumbers(0, 1),
+    "q_dnh": MuonDimensionNumbers(1, (2, 3)),
+    "k_dkh": MuonDimensionNumbers(1, (2, 3)),
+    "v_dkh": MuonDimensionNumbers(1, (2, 3)),
+    "o_nhd": MuonDimensionNumbers((1, 2), 3),
+    "gate_df": MuonDimensionNumbers(1, 2),
+    "up_df": MuonDimensionNumbers(1, 2),
+    "down_fd": MuonDimensionNumbers(1, 2),
+}
+
+
+def _decayed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.size > _MATRIX, tree)
+
+
+def _schedule(lr: float, warmup: int, steps: int) -> optax.Schedule:
+    if steps <= warmup:
+        raise ValueError(f"{steps} steps leave nothing after a warm-up of {warmup}; raise steps")
+    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr / 100)
 
 
 def adamw(
@@ -17,15 +48,39 @@ def adamw(
     Raises:
       ValueError: `steps` is not larger than `warmup`.
     """
-    if steps <= warmup:
-        raise ValueError(f"{steps} steps leave nothing after a warm-up of {warmup}; raise steps")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr / 100)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            schedule,
-            b2=0.98,
+            _schedule(lr, warmup, steps), b2=0.98, weight_decay=weight_decay, mask=_decayed
+        ),
+    )
+
+
+def muon(
+    *, lr: float, warmup: int, steps: int, weight_decay: float
+) -> optax.GradientTransformation:
+    """Muon for the matrices inside the transformer blocks, Adam for everything else.
+
+    Updates are scaled to the size that AdamW's have (arXiv 2502.16982), so one `lr` serves both.
+    Clip and schedule as in `adamw`, which also raises the same error.
+    """
+
+    def matrices(params: Any) -> Any:
+        def spec(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+            names = {str(getattr(k, "key", getattr(k, "name", ""))) for k in path}
+            found = [v for k, v in _MATRICES.items() if k in names]
+            return found[0] if found else None
+
+        return jax.tree_util.tree_map_with_path(spec, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            _schedule(lr, warmup, steps),
+            consistent_rms=0.2,
             weight_decay=weight_decay,
-            mask=lambda tree: jax.tree.map(lambda x: x.size > _MATRIX, tree),
+            weight_decay_mask=_decayed,
+            adam_b2=0.98,
+            muon_weight_dimension_numbers=matrices,
         ),
     )
