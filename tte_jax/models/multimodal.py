@@ -29,9 +29,10 @@ class MultimodalLM(nnx.Module):
         segments: Int[Array, "G P"],
         *,
         remat: bool = False,
+        unroll: bool = False,
     ) -> Float[Array, "V D"]:
         """Vision features of G packs as one flat table, V = G * P / M."""
-        out = self.visual(patches, hw, segments, remat=remat)
+        out = self.visual(patches, hw, segments, remat=remat, unroll=unroll)
         return out.reshape(-1, out.shape[-1])
 
     def forward(
@@ -45,6 +46,7 @@ class MultimodalLM(nnx.Module):
         prefix: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         remat: bool = False,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states after the final norm, and the new keys and values [L B T K H].
 
@@ -57,12 +59,21 @@ class MultimodalLM(nnx.Module):
           prefix: cache of earlier tokens.
           mask: which new token sees which; None = causal over the valid ones.
           remat: trade compute for memory in the backward pass.
+          unroll: compile every layer apart; a backward pass on CPU is a sixth faster.
         """
         x = self.text.embed(ids)
         if vis is not None and vis_idx is not None:
             features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
             x = jnp.where((vis_idx >= 0)[..., None], features, x)
-        return self.text(x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat)
+        return self.text(
+            x,
+            positions=positions,
+            valid=valid,
+            prefix=prefix,
+            mask=mask,
+            remat=remat,
+            unroll=unroll,
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
