@@ -304,12 +304,8 @@ def main(config: Config) -> None:
     prototypes /= seen[:, None]
     model = nnx.merge(graph, params)
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(model.visual))}
-    np.savez(
-        config.out / "visual.npz",
-        embed_vd=np.asarray(model.embed_vd[...]),
-        prototypes_cd=prototypes,
-        **leaves,
-    )
+    leaves |= {"embed_vd": np.asarray(model.embed_vd[...]), "prototypes_cd": prototypes}
+    np.savez(config.out / "visual.npz", **leaves)  # pyright: ignore[reportArgumentType]  # no such names
     print(f"wrote {config.out / 'visual.npz'}")
 
 
