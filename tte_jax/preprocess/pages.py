@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,11 +119,17 @@ def _opened(data: bytes, field: str) -> Iterator[Any]:
     try:
         document = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
-        if getattr(error, "err_code", None) == _PASSWORD or "assword" in str(error):
+        # PDFium's code may be that of an earlier failure: a file without pages sets none. So the
+        # bytes are looked at too.
+        if getattr(error, "err_code", None) == _PASSWORD and b"/Encrypt" in data:
             raise InvalidInputError(
                 "the PDF is encrypted with a password; send it without one",
                 field=field,
                 reason="ENCRYPTED_PAGE",
+            ) from error
+        if re.search(rb"/Kids\s*\[\s*\]", data):
+            raise InvalidInputError(
+                "the PDF has no pages", field=field, reason="NO_PAGES"
             ) from error
         raise InvalidInputError(
             f"the PDF cannot be read: {len(data)} bytes that are not a PDF, or a broken one",
@@ -131,8 +138,6 @@ def _opened(data: bytes, field: str) -> Iterator[Any]:
         ) from error
     try:
         count = len(document)
-        if count == 0:
-            raise InvalidInputError("the PDF has no pages", field=field, reason="NO_PAGES")
         if count > MAX_PAGES:
             raise InvalidInputError(
                 f"the PDF has {count:,} pages, the limit is {MAX_PAGES:,}; cut it in parts",
