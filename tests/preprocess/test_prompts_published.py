@@ -67,9 +67,7 @@ def same_ids(prompt: Prompt, text: str, directory: Path, tokens: list[int]) -> N
 
     for pad in ("<|image_pad|>", "<|video_pad|>"):
         parts = text.split(pad)
-        text = parts[0] + "".join(
-            pad * tokens.pop(0) + part for part in parts[1:]
-        )
+        text = parts[0] + "".join(pad * tokens.pop(0) + part for part in parts[1:])
     assert not tokens
     ids = Qwen2Tokenizer.from_pretrained(str(directory))(text)["input_ids"]
     assert prompt.ids.tolist() == ids
@@ -87,7 +85,13 @@ def same_ids(prompt: Prompt, text: str, directory: Path, tokens: list[int]) -> N
             "What is in the image",
         ),
         ("vlm2vec", Content.of("A cat and a dog"), DOCUMENT, "", "A cat and a dog"),
-        ("vlm2vec", Content.of("", png()), DOCUMENT, "", "<|image_pad|> Represent the given image."),
+        (
+            "vlm2vec",
+            Content.of("", png()),
+            DOCUMENT,
+            "",
+            "<|image_pad|> Represent the given image.",
+        ),
         ("gme", Content.of("a cat"), QUERY, "", chat("You are a helpful assistant.", "a cat")),
         (
             "gme",
@@ -175,9 +179,7 @@ def test_qwen3_vl_reads_a_video_frame_by_frame(
     config = prompts.video_config
     assert config is not None and prompts.image_config is not None
     times = config.times(config.sample(35, 10.0), 10.0)
-    frames = "".join(
-        f"<{t:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>" for t in times
-    )
+    frames = "".join(f"<{t:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>" for t in times)
     counts = [prompts.image_config.tokens(grid) for _, grid in made.images]
     text = chat("Represent the user's input.", frames + "a cat")
     same_ids(made, text, tokenizer_dirs["tags"], counts)

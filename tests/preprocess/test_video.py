@@ -221,7 +221,10 @@ def test_times_are_the_reference() -> None:
     for frames, fps in ((35, 10.0), (300, 29.97), (5, 24.0)):
         indices = config.sample(frames, fps)
         expected = Qwen3VLProcessor._calculate_timestamps(
-            SimpleNamespace(), indices.tolist(), fps, 2  # pyright: ignore[reportArgumentType]
+            SimpleNamespace(),
+            indices.tolist(),
+            fps,
+            2,  # pyright: ignore[reportArgumentType]
         )
         assert config.times(indices, fps) == tuple(expected)
         metadata = VideoMetadata(total_num_frames=frames, fps=fps, frames_indices=indices.tolist())

@@ -81,9 +81,7 @@ def render_pages(
         yield render_page(data, page, dpi=dpi, max_pixels=max_pixels, field=field)
 
 
-def _render(
-    document: Any, number: int, dpi: float, max_pixels: int, field: str
-) -> Image.Image:
+def _render(document: Any, number: int, dpi: float, max_pixels: int, field: str) -> Image.Image:
     try:
         page = document[number]
         try:

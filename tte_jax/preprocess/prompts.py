@@ -45,10 +45,17 @@ class EmbedMode(enum.StrEnum):
 class Wording(Protocol):
     """What a module of wordings has: `prompts_full`, `prompts_mini` and the published formats."""
 
-    reason: Callable[[Turn], list[Piece]]
-    embed: Callable[[Turn, str], list[Piece]]
-    rerank_prefix: Callable[[str, str], list[Piece]]
-    rerank_suffix: Callable[[str], list[Piece]]
+    @property
+    def reason(self) -> Callable[[Turn], list[Piece]]: ...
+
+    @property
+    def embed(self) -> Callable[[Turn, str], list[Piece]]: ...
+
+    @property
+    def rerank_prefix(self) -> Callable[[str, str], list[Piece]]: ...
+
+    @property
+    def rerank_suffix(self) -> Callable[[str], list[Piece]]: ...
 
 
 _WORDINGS: dict[str, Wording] = {"full": prompts_full, "mini": prompts_mini, **PUBLISHED}

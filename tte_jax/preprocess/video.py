@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 
 from tte_jax.errors import InvalidInputError
@@ -187,9 +188,7 @@ class _Filling:
 
 
 @lru_cache(maxsize=8)
-def fused_levels(
-    mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> np.ndarray:
+def fused_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
     """[3, 256] float32: what each 8-bit level becomes.
 
     The video processors subtract `mean * 255` and divide by `std * 255` in one step, unlike the
@@ -209,14 +208,14 @@ def _opened(data: bytes, field: str) -> Iterator[tuple[Any, Any]]:
         )
     try:
         container = av.open(io.BytesIO(data), options={"format_whitelist": FORMATS})
-    except (av.FFmpegError, ValueError) as error:
+    except (FFmpegError, ValueError) as error:
         raise _unreadable(data, field) from error
     with container:
         if not container.streams.video:
             raise _unreadable(data, field)
         try:
             yield container, container.streams.video[0]
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise InvalidInputError(
                 f"the video is corrupt ({len(data)} bytes); send the whole file",
                 field=field,

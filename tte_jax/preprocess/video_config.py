@@ -181,9 +181,7 @@ class VideoConfig:
         """
         tp = self.temporal_patch_size
         full = [*indices.tolist(), *[int(indices[-1])] * (-len(indices) % tp)]
-        return tuple(
-            (full[i] / fps + full[i + tp - 1] / fps) / 2 for i in range(0, len(full), tp)
-        )
+        return tuple((full[i] / fps + full[i + tp - 1] / fps) / 2 for i in range(0, len(full), tp))
 
     def seconds_per_patch(self, count: int, frames: int, fps: float) -> float:
         """Seconds between temporal patches, for positions in absolute time (Qwen2.5-VL)."""
