@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tte.v1 import content_pb2
 
 from tests import tiny_models
 from tests.preprocess.test_pages import pdf
 from tests.preprocess.test_video import movie
+from tte.v1 import content_pb2
 from tte_jax.codec.contents import decode_content
 from tte_jax.content import Side
 from tte_jax.errors import InvalidInputError, UnsupportedError
