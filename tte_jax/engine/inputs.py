@@ -73,6 +73,8 @@ def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> Model
         image_token_id=config.image_token_id,
         video_token_id=video,
         merge_size=config.vision.merge_size,
+        vision_start_token_id=config.vision_start_token_id,
+        require_vision_start=prompt.plain_positions,
     )
     is_media = (ids == config.image_token_id) | (ids == video)
     return ModelInput(ids, positions + start, next_pos + start, images, is_media)
