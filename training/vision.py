@@ -172,7 +172,9 @@ def main(config: Config) -> None:
     model = Classifier(classes, builtin.VOCABULARY, rngs=nnx.Rngs(config.seed))
     total = sum(steps for _, steps, _ in config.phases)
     optimiser = {"adamw": adamw, "muon": muon}[config.optimiser]
-    tx = optimiser(lr=config.lr, warmup=config.warmup, steps=total, weight_decay=config.weight_decay)
+    tx = optimiser(
+        lr=config.lr, warmup=config.warmup, steps=total, weight_decay=config.weight_decay
+    )
     graph, params = nnx.split(model)
     opt_state = tx.init(params)
 
@@ -267,14 +269,10 @@ def main(config: Config) -> None:
         begin, end = end, end + steps
         if step >= end:
             continue
-        source = prefetch(
-            batches(data, table, tokenizer, batch, max(step, begin), config.seed)
-        )
+        source = prefetch(batches(data, table, tokenizer, batch, max(step, begin), config.seed))
         since, timed = time.time(), step
         while step < end:
-            params, opt_state, metrics = train_step(
-                params, opt_state, step, *next(source), size
-            )
+            params, opt_state, metrics = train_step(params, opt_state, step, *next(source), size)
             step += 1
             if step % 50 == 0:
                 row = {k: round(float(v), 4) for k, v in metrics.items()}
