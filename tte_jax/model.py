@@ -24,7 +24,6 @@ from tte_jax.preprocess.positions import media_order, mrope_positions, text_posi
 from tte_jax.preprocess.vision_plan import plan_vision
 from tte_jax.weights import hf
 
-
 MropeMode = Literal["current", "legacy"]
 
 
