@@ -177,6 +177,13 @@ _VISION: dict[type[VisionConfig], Callable[[VisionConfig], Iterator[Entry]]] = {
 }
 
 
+def on_disk(name: str, model_type: str) -> str:
+    """Table name → the name that the authors' files and transformers' `save_pretrained` have."""
+    if model_type != "qwen3_vl":
+        return name
+    return re.sub(r"^(?=visual\.)", "model.", re.sub(r"^model\.", "model.language_model.", name))
+
+
 def normalise(name: str) -> str:
     """File name → table name. `save_pretrained` and in-memory dumps differ only in prefixes."""
     name = re.sub(r"^model\.visual\.", "visual.", name)
