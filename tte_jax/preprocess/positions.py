@@ -51,7 +51,9 @@ def mrope_positions(
 
     Returns:
       positions: [3, T] int32.
-      next_position: the position, in every row, of the token that follows the sequence.
+      next_position: the position, in every row, of the token that follows the sequence. It is where
+        a longer sequence would put that token, and where transformers 5.x generates it, although
+        the frames of a long video may lie beyond it (its `rope_deltas` say the highest plus one).
 
     Raises:
       InvalidInputError: placeholders and grids do not add up.
@@ -59,7 +61,7 @@ def mrope_positions(
     tokens = np.asarray(ids)
     is_media = (tokens == image_token_id) | (tokens == video_token_id)
     positions = np.empty((3, len(tokens)), np.int32)
-    at, now, highest, used = 0, 0, -1, 0
+    at, now, used = 0, 0, 0
     edges = np.flatnonzero(np.diff(is_media.astype(np.int8))) + 1
     for end in [*edges.tolist(), len(tokens)]:
         opened = at > 0 and tokens[at - 1] == vision_start_token_id
@@ -77,18 +79,16 @@ def mrope_positions(
                 positions[:, at : at + block.shape[1]] = block
                 at += block.shape[1]
                 now += max(grid[1], grid[2]) // merge_size
-                highest = max(highest, int(block.max()))
         else:
             positions[:, at:end] = text_positions(end - at, now)
             now += end - at
-            highest = max(highest, now - 1)
             at = end
     if used != len(grids) and not require_vision_start:
         raise InvalidInputError(
             f"the sequence has placeholders for {used} images, but {len(grids)} came",
             reason="PLACEHOLDER_MISMATCH",
         )
-    return positions, highest + 1
+    return positions, now
 
 
 def media_order(
