@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
 from tte_jax.preprocess.media import LoadMedia, Patches, media_key, media_loader, patches_bytes
-from tte_jax.preprocess.prompts import PromptSet, prompts_name
+from tte_jax.preprocess.prompts import PromptSet, prompts_name, read_spec
 from tte_jax.preprocess.video import VideoPatches
 from tte_jax.weights import hf
 
@@ -82,7 +81,7 @@ def open_model(
             reason="MODEL_NOT_FOUND",
             path=path,
         )
-    spec = _read_spec(path)
+    spec = read_spec(path / "tte.json")
     _check_role(path, spec, role)
     config = model_config(path)
     # A reranker whose format is published may read images otherwise; here it compares texts.
@@ -158,21 +157,6 @@ def fingerprint(directory: Path, prompts: str) -> str:
                 stream.seek(block * (size - _HASH_BLOCK) // (_HASH_BLOCKS - 1))
                 digest.update(stream.read(_HASH_BLOCK))
     return digest.hexdigest()[:12]
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    file = path / "tte.json"
-    if not file.is_file():
-        return {}
-    try:
-        spec = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise PreconditionError(
-            f"{file} is not valid JSON: {error}", reason="BAD_MODEL_FILE"
-        ) from error
-    if not isinstance(spec, dict):
-        raise PreconditionError(f"{file} does not hold a JSON object", reason="BAD_MODEL_FILE")
-    return spec
 
 
 def _check_role(path: Path, spec: dict[str, Any], role: str) -> None:

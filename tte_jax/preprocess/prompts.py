@@ -79,7 +79,7 @@ def prompts_name(path: str | Path) -> str:
             reason="MODEL_NOT_FOUND",
         )
     file = path / "tte.json"
-    name = _spec(file).get("prompts")
+    name = read_spec(file).get("prompts")
     if name is None:
         bears = path.resolve().name.lower()
         found = (f.NAME for f in PUBLISHED.values() if f.folder and f.folder in bears)
@@ -92,17 +92,21 @@ def prompts_name(path: str | Path) -> str:
     return name
 
 
-def _spec(file: Path) -> dict[str, Any]:
+def read_spec(file: Path) -> dict[str, Any]:
+    """The object in a `tte.json`, empty where there is no file.
+
+    Raises PreconditionError when it is not a JSON object.
+    """
     if not file.is_file():
         return {}
     try:
         spec = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise PreconditionError(
-            f"{file} is not a JSON object: {error}", reason="BAD_MODEL_FILE"
+            f"{file} is not valid JSON: {error}", reason="BAD_MODEL_FILE"
         ) from error
     if not isinstance(spec, dict):
-        raise PreconditionError(f"{file} is not a JSON object", reason="BAD_MODEL_FILE")
+        raise PreconditionError(f"{file} does not hold a JSON object", reason="BAD_MODEL_FILE")
     return spec
 
 
@@ -167,7 +171,7 @@ class PromptSet:
         files = ("preprocessor_config.json", "processor_config.json")
         has_images = any((Path(path) / file).is_file() for file in files)
         config = ImageConfig.from_dir(path) if has_images else None
-        spec = _spec(Path(path) / "tte.json")
+        spec = read_spec(Path(path) / "tte.json")
         mode = spec.get("mrope_mode")
         if mode not in (None, *_MROPE_MODES):
             raise PreconditionError(
