@@ -7,6 +7,7 @@ from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.tokenizer import Tokenizer
 
 VOCABULARY = 4096
+SERVED_STYLE = "openmoji"
 SIDE = 56  # pixels; every picture is resized to 56 x 56: 16 patches, 4 vision tokens
 
 IMAGES = ImageConfig(

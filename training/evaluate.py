@@ -26,6 +26,7 @@ import tyro
 from PIL import Image
 
 from training import texts
+from training.builtin import SERVED_STYLE
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData, load
 from tte_jax.builtin.models import EMBEDDER, REASONER, RERANKER, WEIGHTS_DIR
@@ -38,7 +39,6 @@ from tte_jax.reranker import Reranker
 from tte_jax.stages import EmbedItem, ReasonItem
 
 UNSEEN_STYLE = "fluent-emoji-flat"
-SERVED_STYLE = "openmoji"
 FOUR_STYLES = ("noto", "twemoji", "openmoji", UNSEEN_STYLE)
 
 

@@ -1,4 +1,5 @@
-"""Images on the device during training: augmentation and patches, inside the jitted step."""
+"""Images during training: turned or spoilt on the host; augmented and cut into patches on the
+device."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
+from PIL import Image, ImageFilter
 
 # Normalisation of the reference processor (CLIP's statistics); the same numbers stand in the
 # built-in model's preprocessor_config.json.
@@ -15,6 +17,45 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def turned(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[S S 3] uint8, mostly a little turned and sheared about its middle; white comes in."""
+    if rng.random() < 0.3:
+        return picture
+    angle, shear = np.deg2rad(rng.normal(0.0, 8.0)), rng.uniform(-0.12, 0.12)
+    a, b, d, e = np.cos(angle), np.sin(angle) + shear, -np.sin(angle), np.cos(angle)
+    middle = (len(picture) - 1) / 2
+    matrix = (a, b, middle * (1 - a - b), d, e, middle * (1 - d - e))
+    image = Image.fromarray(picture).transform(
+        (len(picture), len(picture)),
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.BILINEAR,
+        fillcolor=(255, 255, 255),
+    )
+    return np.asarray(image)
+
+
+def spoil(picture: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """A worse picture of the same thing; `strength` in [0, 1]. [H, W, 3] uint8 in and out."""
+    image = Image.fromarray(picture)
+    side = image.width
+    if rng.random() < strength:
+        angle = rng.uniform(-25, 25) * strength
+        image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+    if rng.random() < strength:
+        cut = int(side * 0.18 * strength)
+        left, top = (int(edge) for edge in rng.integers(0, cut + 1, 2))
+        box = (left, top, side - cut + left, side - cut + top)
+        image = image.crop(box).resize((side, side))
+    if rng.random() < 0.6 * strength:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 2.5))))
+    if rng.random() < 0.3 * strength:
+        image = image.convert("L").convert("RGB")
+    spoilt = np.asarray(image, np.float32)
+    spoilt = spoilt + rng.normal(0, 18 * strength, spoilt.shape)
+    return np.clip(spoilt, 0, 255).astype(np.uint8)
 
 
 def augment(

@@ -6,63 +6,35 @@ the same `PromptSet` that serves the model, so what is trained is what is served
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from training import builtin, sampling, texts
+from training import builtin, images, sampling, texts
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
+from training.packing import Example, Leaf, Packed, Packer, Placed
 from tte_jax.content import Content, Media, Side
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.positions import mrope_positions
 from tte_jax.preprocess.prompts import PromptSet
-from tte_jax.preprocess.template import Prompt
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import ReasonItem
 
 _PATCHES = builtin.SIDE // builtin.IMAGES.patch_size
 GRID = (1, _PATCHES, _PATCHES)
 FEATURES = _PATCHES**2 // builtin.IMAGES.merge_size**2  # merged patches of one picture
-# Tokens of a sequence: prompt, ECR and both endings.
-_SEEN_ROOM, _TEXT_ROOM, _COMPOSED_ROOM = 50 + FEATURES, 60, 62 + FEATURES
-ECR_ROOM = 32  # tokens of an ECR that are learnt; one in a hundred has up to four more
+LENGTH = 128  # tokens of a packed row
 _PICTURE = Media(b"picture")
 
 
-# NumPy where a batch is made, traced inside a step.
-Leaf = Any
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """A group of equally long sequences: prompt, ECR, `<|im_end|>`, pads, and a lone `<|im_end|>`.
-
-    The last token sees the prompt only. It is the sequence's own "no reasoning" ending, so one
-    pass yields the embedding with and without ECR.
-
-    Attributes:
-      ids: [B, T] int32.
-      positions: [B, 3, T] int32.
-      vis_idx: [B, T] int32, row of the vision table or -1.
-      prompt: [B] int32, tokens of the prompt.
-      end: [B] int32, index of the `<|im_end|>` that follows the ECR.
-      targets: [B, ECR_ROOM] int32, the true ECR and its `<|im_end|>`.
-      weights: [B, ECR_ROOM] float32, 0 where nothing is to be learnt (pads, corrupted ECRs).
-    """
-
-    ids: Leaf
-    positions: Leaf
-    vis_idx: Leaf
-    prompt: Leaf
-    end: Leaf
-    targets: Leaf
-    weights: Leaf
-
-
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """One step. Queries are ordered text, image, composed.
@@ -73,8 +45,7 @@ class Batch:
     Attributes:
       pictures: [M, 112, 112, 3] uint8: documents, then image queries, then composed queries.
       picture_concepts: [M] int32.
-      seen: the sequences of the documents, then of the image queries, which look alike.
-      text, composed: the sequences of the other queries.
+      packed: the sequences of the documents, then of the text, image and composed queries.
       concepts: [B] int32 concept of each document.
       answers: [Q] int32 document of each query.
       proxies: [B + Q] int32, which training concept each document, then each query, is about.
@@ -82,9 +53,7 @@ class Batch:
 
     pictures: Leaf
     picture_concepts: Leaf
-    seen: Sequences
-    text: Sequences
-    composed: Sequences
+    packed: Packed
     concepts: Leaf
     answers: Leaf
     proxies: Leaf
@@ -92,13 +61,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class Mix:
-    """Queries of each kind in a batch (image ≤ text), and how often an ECR is a wrong one."""
+    """What a batch holds.
+
+    Attributes:
+      text, image, composed: queries of each kind; image ≤ text.
+      corrupt, corrupt_text: how often an ECR is a wrong one, beside pictures and beside texts.
+      own: how often it is what the model itself had said (`training.own`), where that is given.
+      served: how often a document is the OpenMoji original, which is what is served.
+      rows: rows of LENGTH tokens that all sequences must fit into.
+      learnt: tokens of ECRs that are learnt, at most.
+    """
 
     text: int = 56
     image: int = 8
     composed: int = 40
-    corrupt: float = 0.35
-    corrupt_text: float = 0.1
+    corrupt: float = 0.25
+    corrupt_text: float = 0.05
+    own: float = 0.7
+    served: float = 0.25
+    rows: int = 66
+    learnt: int = 3200
 
 
 LOOKALIKES = 8
@@ -117,8 +99,18 @@ def lookalikes(prototypes: np.ndarray, families: np.ndarray) -> np.ndarray:
     return np.argsort(-similar, axis=1, kind="stable")[:, :LOOKALIKES]
 
 
+class Own(NamedTuple):
+    """What the model said of a picture (`row`), a text, or both; -1 and "" where absent."""
+
+    row: int
+    concept: int
+    text: str
+    ecr: str
+
+
 class PairSource:
-    """Draws batches from the training split; `prototypes` as in `lookalikes`."""
+    """Draws batches from the training split; `prototypes` as in `lookalikes`, `own` as written by
+    `training.own`."""
 
     def __init__(
         self,
@@ -128,6 +120,7 @@ class PairSource:
         *,
         prototypes: np.ndarray,
         seed: int,
+        own: Path | None = None,
     ) -> None:
         self._data = data
         self._seed = seed
@@ -137,14 +130,14 @@ class PairSource:
         self._table = sampling.image_table(data)
         self._lookalikes = lookalikes(prototypes, self._table.family)
         self.reasonings = texts.Reasonings(data.concepts)
-        self._end = tokenizer.token_id("<|im_end|>")
-        self._pad = tokenizer.token_id("<|endoftext|>")
         self._image = tokenizer.token_id("<|image_pad|>")
         self._video = tokenizer.token_id("<|video_pad|>")
-        self._encode_ecr = lru_cache(None)(tokenizer.encode_tagged)
-        self._prompt = lru_cache(200_000)(self._build_prompt)
+        self._packer = Packer(tokenizer, image_token=self._image, features=FEATURES)
+        self.place = lru_cache(200_000)(self._place)
         self._families = self._variants()
         self._subgroups = self._siblings()
+        self._served = self._served_rows()
+        self._said = _Said(self._table, own) if own is not None else None
 
     def batches(self, start: int, mix: Mix) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, … without end."""
@@ -158,66 +151,42 @@ class PairSource:
         """C: how many concepts have training pictures; proxies are numbered like them."""
         return len(self._table.concepts)
 
-    def labels(self, rows: int) -> Iterator[Sequences]:
-        """The label of every training concept as a text query, `rows` at a time, padded at the
+    def labels(self, count: int) -> Iterator[Packed]:
+        """The label of every training concept as a text query, `count` at a time, filled up at the
         end with the last one again."""
-        prompts = [self._prompt(texts.label(c), False) for c in self._concepts()]
-        prompts += [prompts[-1]] * (-len(prompts) % rows)
-        for start in range(0, len(prompts), rows):
-            some = prompts[start : start + rows]
-            yield self.sequences(some, [""] * rows, [""] * rows, _TEXT_ROOM, None)
+        prompts = [self.place(texts.label(c), False) for c in self._concepts()]
+        prompts += [prompts[-1]] * (-len(prompts) % count)
+        for start in range(0, len(prompts), count):
+            yield self.bare(prompts[start : start + count])
 
-    def sequences(
-        self,
-        prompts: list[Prompt],
-        truths: list[str],
-        shown: list[str],
-        room: int,
-        first_picture: int | None,
-    ) -> Sequences:
-        """Lay out one group; picture i of the group is row `first_picture + i` of the pictures."""
-        count = len(prompts)
-        ids = np.full((count, room), self._pad, np.int32)
-        positions = np.zeros((count, 3, room), np.int32)
-        vis_idx = np.full((count, room), -1, np.int32)
-        targets = np.full((count, ECR_ROOM), self._pad, np.int32)
-        weights = np.zeros((count, ECR_ROOM), np.float32)
-        lengths, ends = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        for row, (prompt, truth, show) in enumerate(zip(prompts, truths, shown, strict=True)):
-            n = len(prompt.ids)
-            ecr = [*self._encode_ecr(show), self._end]
-            right = [*self._encode_ecr(truth), self._end][:ECR_ROOM]
-            if n + len(ecr) + 1 > room:
-                raise ValueError(f"{n + len(ecr) + 1} tokens do not fit into {room}: {show!r}")
-            ids[row, :n] = prompt.ids
-            ids[row, n : n + len(ecr)] = ecr
-            ids[row, -1] = self._end
-            rows, following = self._place(prompt)
-            positions[row, :, :n] = rows
-            positions[row, :, n : n + len(ecr)] = following + np.arange(len(ecr))
-            positions[row, :, -1] = following
-            if first_picture is not None:
-                where = np.flatnonzero(ids[row] == self._image)
-                vis_idx[row, where] = (first_picture + row) * FEATURES + np.arange(FEATURES)
-            lengths[row], ends[row] = n, n + len(ecr) - 1
-            targets[row, : len(right)] = right
-            weights[row, : len(right)] = float(show == truth)
-        return Sequences(ids, positions, vis_idx, lengths, ends, targets, weights)
+    def bare(self, prompts: list[Placed], *, pictures: bool = False) -> Packed:
+        """Sequences without ECRs; of pictures 0, 1, … where `pictures`."""
+        examples = [Example(p, "", "", i if pictures else None) for i, p in enumerate(prompts)]
+        packed = self._packer.pack(examples, rows=len(prompts) // 2, length=LENGTH, targets=1)
+        assert packed is not None, "no prompt is longer than half a row"
+        return packed
 
-    def prompt_of(self, text: str, picture: bool) -> Prompt:
+    def _place(self, text: str, picture: bool) -> Placed:
         """The reasoner's prompt for a text, a picture, or a picture with a change."""
-        return self._prompt(text, picture)
-
-    def _build_prompt(self, text: str, picture: bool) -> Prompt:
         parts = Content.of(text).parts if text else ()
         content = Content(((_PICTURE,) if picture else ()) + parts)
-        return self._prompts.reason(ReasonItem(content, Side.QUERY))
-
-    def _place(self, prompt: Prompt) -> tuple[np.ndarray, int]:
-        grids = [GRID] if (prompt.ids == self._image).any() else []
-        return mrope_positions(
-            prompt.ids, grids, image_token_id=self._image, video_token_id=self._video, merge_size=2
+        ids = np.asarray(self._prompts.reason(ReasonItem(content, Side.QUERY)).ids)
+        positions, following = mrope_positions(
+            ids,
+            [GRID] if picture else [],
+            image_token_id=self._image,
+            video_token_id=self._video,
+            merge_size=2,
         )
+        return Placed(ids, positions, following)
+
+    def _served_rows(self) -> dict[int, int]:
+        """Table index → row of the original in the served style."""
+        style = self._data.styles.index(builtin.SERVED_STYLE)
+        place = {int(c): i for i, c in enumerate(self._table.concepts)}
+        rows = self._data.rows("train", originals=True)
+        rows = rows[self._data.style_ids[rows] == style]
+        return {place[int(self._data.concept_ids[r])]: int(r) for r in rows}
 
     def _variants(self) -> list[np.ndarray]:
         """Families with at least four one-person variants: table indices, for changes."""
@@ -237,56 +206,89 @@ class PairSource:
         return [self._data.concepts[c] for c in self._table.concepts]
 
     def _batch(self, rng: np.random.Generator, mix: Mix) -> Batch:
-        concept_of = self._concept
+        for _ in range(50):
+            batch = self._draw_batch(rng, mix)
+            if batch is not None:
+                return batch
+        raise ValueError(f"a batch does not fit into {mix.rows} rows of {LENGTH}; raise mix.rows")
+
+    def _draw_batch(self, rng: np.random.Generator, mix: Mix) -> Batch | None:
         plain = [int(i) for i in self._draw(mix.text, rng)]
-        pairs = self._changes(mix.composed, rng)
-        looks = plain[: mix.image]
-        answers = plain + [target for _, target in pairs]
-        rows = [sampling.pick_row(self._table, i, rng) for i in answers]
-        rows += [sampling.pick_row(self._table, i, rng) for i in looks]
-        rows += [sampling.pick_row(self._table, source, rng) for source, _ in pairs]
-        asked = [
-            self._prompt(texts.change_query(concept_of(s), concept_of(t), rng), True)
-            for s, t in pairs
+        changes = self.changes(mix, rng)
+        answers = plain + [c.concept for c in changes]
+        seen = [self._document(i, mix, rng) for i in answers]
+        seen += [self._picture(i, mix, rng) for i in plain[: mix.image]]
+        look = self.place("", True)
+
+        def example(prompt: Placed, about: int, shown: str, picture: int | None) -> Example:
+            return Example(prompt, self._truth(about), shown, picture)
+
+        looked = [
+            example(look, index, shown, i)
+            for i, (index, (_, shown)) in enumerate(
+                zip(answers + plain[: mix.image], seen, strict=True)
+            )
         ]
-        typed = [self._text_prompt(concept_of(i), rng) for i in plain]
-        picture = self._prompt("", True)
-
-        def shown(indices: list[int], rate: float) -> list[str]:
-            return [self._maybe_wrong(i, rate, rng) for i in indices]
-
-        def group(prompts: list[Prompt], of: slice, rate: float, room: int, first: int | None):
-            return self.sequences(prompts, truths[of], shown(about[of], rate), room, first)
-
-        count = len(answers)
-        about = answers + looks
-        truths = [self.reasonings.of(concept_of(i)) for i in about]
-        pictures = np.asarray(rows)
-        asking = np.concatenate(
-            [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]
-        ).astype(np.int32)
+        typed = [example(*self._typed(i, mix, rng), None) for i in plain]
+        asked = [
+            example(self.place(c.text, True), c.concept, c.ecr, len(seen) + i)
+            for i, c in enumerate(changes)
+        ]
+        documents, queries = looked[: len(answers)], looked[len(answers) :]
+        packed = self._packer.pack(
+            documents + typed + queries + asked, rows=mix.rows, length=LENGTH, targets=mix.learnt
+        )
+        if packed is None:
+            return None
+        rows = np.array([row for row, _ in seen] + [c.row for c in changes])
+        asking = [*range(len(plain)), *range(mix.image), *range(len(plain), len(answers))]
         return Batch(
-            pictures=self._data.images[pictures],
-            picture_concepts=self._data.concept_ids[pictures],
-            seen=group([picture] * len(about), slice(None), mix.corrupt, _SEEN_ROOM, 0),
-            text=group(typed, slice(len(plain)), mix.corrupt_text, _TEXT_ROOM, None),
-            composed=group(
-                asked, slice(len(plain), count), mix.corrupt, _COMPOSED_ROOM, len(about)
-            ),
+            pictures=np.stack([images.turned(self._data.images[r], rng) for r in rows]),
+            picture_concepts=self._data.concept_ids[rows],
+            packed=packed,
             concepts=self._table.concepts[answers],
-            answers=asking,
+            answers=np.array(asking, np.int32),
             proxies=np.concatenate([np.array(answers), np.array(answers)[asking]]).astype(np.int32),
         )
+
+    def _truth(self, index: int) -> str:
+        return self.reasonings.of(self._concept(index))
+
+    def _document(self, index: int, mix: Mix, rng: np.random.Generator) -> tuple[int, str]:
+        """(row, shown ECR), now and then of the drawing that is served."""
+        row, shown = self._picture(index, mix, rng)
+        if self._said is None and rng.random() < mix.served:
+            row = self._served.get(index, row)
+        return row, shown
+
+    def _picture(self, index: int, mix: Mix, rng: np.random.Generator) -> tuple[int, str]:
+        if self._said is not None and index in self._said.pictures and rng.random() < mix.own:
+            said = self._said.pictures[index]
+            own = said[rng.integers(len(said))]
+            return own.row, own.ecr
+        row = sampling.pick_row(self._table, index, rng)
+        return row, self._maybe_wrong(index, mix.corrupt, rng)
+
+    def _typed(self, index: int, mix: Mix, rng: np.random.Generator) -> tuple[Placed, int, str]:
+        """(prompt, index, shown ECR) of a text query."""
+        if self._said is not None and index in self._said.texts and rng.random() < mix.own:
+            said = self._said.texts[index]
+            own = said[rng.integers(len(said))]
+            return self.place(own.text, False), index, own.ecr
+        prompt = self.text_prompt(self._concept(index), rng)[0]
+        return prompt, index, self._maybe_wrong(index, mix.corrupt_text, rng)
 
     def _concept(self, index: int) -> Concept:
         return self._data.concepts[self._table.concepts[index]]
 
-    def _text_prompt(self, concept: Concept, rng: np.random.Generator) -> Prompt:
+    def text_prompt(self, concept: Concept, rng: np.random.Generator) -> tuple[Placed, str]:
+        """A text query of at most 24 tokens with its template, and its text."""
         for _ in range(20):
-            prompt = self._prompt(texts.text_query(concept, rng), False)
-            if len(prompt.ids) <= 24:
-                return prompt
-        return self._prompt(texts.label(concept), False)
+            said = texts.text_query(concept, rng)
+            if len(self.place(said, False).ids) <= 24:
+                return self.place(said, False), said
+        said = texts.label(concept)
+        return self.place(said, False), said
 
     def _draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Half at random, half as look-alikes: a few subgroups with several concepts each."""
@@ -298,17 +300,24 @@ class PairSource:
             chosen += [*rng.permutation(siblings)[: min(6, count - len(chosen))]]
         return rng.permutation(np.array(chosen))
 
-    def _changes(self, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """(source, target) table indices; four pairs of each drawn family stand together."""
-        pairs: list[tuple[int, int]] = []
-        while len(pairs) < count:
+    def changes(self, mix: Mix, rng: np.random.Generator) -> list[Own]:
+        """Composed queries, each with the ECR to show; four of each drawn family stand together."""
+        changes: list[Own] = []
+        while len(changes) < mix.composed:
+            room = min(4, mix.composed - len(changes))
+            if self._said is not None and rng.random() < mix.own:
+                said = self._said.changes[rng.integers(len(self._said.changes))]
+                changes += [said[i] for i in rng.permutation(len(said))[:room]]
+                continue
             family = self._families[rng.integers(len(self._families))]
-            targets = rng.permutation(family)[: min(4, count - len(pairs))]
-            for target in targets:
+            for target in rng.permutation(family)[:room]:
                 source = int(rng.choice(family[family != target]))
-                if texts.changed(self._concept(source), self._concept(int(target))):
-                    pairs.append((source, int(target)))
-        return pairs
+                a, b = self._concept(source), self._concept(int(target))
+                if texts.changed(a, b):
+                    row = sampling.pick_row(self._table, source, rng)
+                    shown = self._maybe_wrong(int(target), mix.corrupt, rng)
+                    changes.append(Own(row, int(target), texts.change_query(a, b, rng), shown))
+        return changes
 
     def _maybe_wrong(self, index: int, rate: float, rng: np.random.Generator) -> str:
         """The concept's ECR, or now and then that of something it may be mistaken for: mostly what
@@ -326,6 +335,26 @@ class PairSource:
         else:
             pool = np.arange(len(self._table.concepts))
         return self.reasonings.of(self._concept(int(rng.choice(pool))))
+
+
+class _Said:
+    """What the model said, by table index: of pictures, of texts, and by family of changes."""
+
+    def __init__(self, table: sampling.ImageTable, path: Path) -> None:
+        place = {int(c): i for i, c in enumerate(table.concepts)}
+        self.pictures: dict[int, list[Own]] = {}
+        self.texts: dict[int, list[Own]] = {}
+        changes: dict[int, list[Own]] = {}
+        for line in path.read_text().splitlines():
+            said = Own(**json.loads(line))
+            said = said._replace(concept=place[said.concept])
+            if said.row < 0:
+                self.texts.setdefault(said.concept, []).append(said)
+            elif not said.text:
+                self.pictures.setdefault(said.concept, []).append(said)
+            else:
+                changes.setdefault(int(table.family[said.concept]), []).append(said)
+        self.changes = list(changes.values())
 
 
 _NO_PATCHES = np.zeros((0, 0), np.float32)  # the trainer computes features by itself

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image, ImageFilter
 
 from training import texts
 from training.data.emoji import EmojiData, load
 from training.evaluate import Roles, embed_all, png, reason_all
+from training.images import spoil
 from training.sampling import image_table, pick_row
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.cascade.texts import rerank_text
@@ -44,27 +44,6 @@ class Config:
     candidates: int = 12
     budget: int = 64
     seed: int = 0
-
-
-def spoil(picture: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """A worse picture of the same thing; `strength` in [0, 1]. [H, W, 3] uint8 in and out."""
-    image = Image.fromarray(picture)
-    side = image.width
-    if rng.random() < strength:
-        angle = rng.uniform(-25, 25) * strength
-        image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
-    if rng.random() < strength:
-        cut = int(side * 0.18 * strength)
-        left, top = (int(edge) for edge in rng.integers(0, cut + 1, 2))
-        box = (left, top, side - cut + left, side - cut + top)
-        image = image.crop(box).resize((side, side))
-    if rng.random() < 0.6 * strength:
-        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 2.5))))
-    if rng.random() < 0.3 * strength:
-        image = image.convert("L").convert("RGB")
-    spoilt = np.asarray(image, np.float32)
-    spoilt = spoilt + rng.normal(0, 18 * strength, spoilt.shape)
-    return np.clip(spoilt, 0, 255).astype(np.uint8)
 
 
 def documents(data: EmojiData, count: int, rng: np.random.Generator) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from training.data.concepts import Concept
 
-MAX_CUES = 4
+MAX_CUES = 3
 
 _TEMPLATES = (
     "{x}", "{x}", "{x}", "{x}", "a {x}", "the {x}", "picture of {x}", "a picture of a {x}",

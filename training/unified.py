@@ -30,7 +30,8 @@ from training import builtin, images, sampling, texts
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.optimiser import muon
-from training.pairs import ECR_ROOM, Batch, Mix, PairSource, Sequences
+from training.packing import ALONE, ECR, Packed
+from training.pairs import Batch, Mix, PairSource
 from training.prefetch import prefetch
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.nn.norms import l2_normalise
@@ -44,8 +45,11 @@ class Config:
 
     Attributes:
       vision: `visual.npz` written by `training.vision`.
+      own: what `training.own` wrote; shown in place of most true ECRs (`mix.own`).
       tokenizer: folder written by `training.tokenizer`.
       steps: optimiser steps; warm-up, then cosine to a hundredth.
+      until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
+        same `out` goes on where the last one stopped.
       lm_weight: weight of the next-token loss beside the contrastive one.
       feature_std: vision features and the embedding table are both rescaled to this spread at the
         start, so that the decoder reads both alike.
@@ -54,13 +58,15 @@ class Config:
     data: Path = Path(".data/emoji")
     tokenizer: Path = Path(".data/runs/tokenizer")
     vision: Path = Path(".data/runs/vision/visual.npz")
+    own: Path | None = None
     out: Path = Path(".data/runs/unified")
     mix: Mix = field(default_factory=Mix)
-    steps: int = 1100
+    steps: int = 2000
+    until: int = 0
     lr: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 40
-    lm_weight: float = 1.0
+    lm_weight: float = 2.0
     feature_std: float = 0.1
     checkpoint_every: int = 100
     eval_every: int = 100
@@ -105,28 +111,26 @@ def see(model: MultimodalLM, pixels: Array) -> Array:
     return model.encode_images(patches, hw, segments, unroll=True)
 
 
-def run(model: MultimodalLM, group: Sequences, vis: Array) -> tuple[Array, Array, Array]:
-    """(with ECR [B D], without [B D], next-token loss summed, with weights) of one group."""
-    length = group.ids.shape[1]
-    columns = jnp.arange(length)
-    mask = jnp.tril(jnp.ones((length, length), bool))[None]
-    alone = (columns < group.prompt[:, None]) | (columns == length - 1)
-    mask = jnp.where((columns == length - 1)[None, :, None], alone[:, None, :], mask)
+def run(model: MultimodalLM, packed: Packed, vis: Array) -> tuple[Array, Array, Array]:
+    """(with ECR [S D], without [S D], next-token loss summed) of packed sequences."""
+    length = packed.ids.shape[1]
+    same = packed.sequence[:, :, None] == packed.sequence[:, None, :]
+    skipped = (packed.part[:, :, None] == ALONE) & (packed.part[:, None, :] == ECR)
     hidden, _ = model.forward(
-        group.ids,
-        valid=jnp.ones(group.ids.shape, bool),
-        positions=group.positions,
+        packed.ids,
+        valid=packed.sequence >= 0,
+        positions=packed.positions,
         vis=vis,
-        vis_idx=group.vis_idx,
-        mask=mask,
+        vis_idx=packed.vis_idx,
+        mask=jnp.tril(jnp.ones((length, length), bool)) & same & ~skipped,
         unroll=True,
     )
-    rows = jnp.arange(len(group.ids))
-    asked = group.prompt[:, None] - 1 + jnp.arange(ECR_ROOM)
-    logits = model.logits(jnp.take_along_axis(hidden, asked[..., None], axis=1))
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, group.targets)
-    with_ecr = l2_normalise(hidden[rows, group.end])
-    return with_ecr, l2_normalise(hidden[:, -1]), jnp.sum(nll * group.weights)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+        model.logits(flat[packed.asked]), packed.targets
+    )
+    with_ecr, without = l2_normalise(flat[packed.end]), l2_normalise(flat[packed.alone])
+    return with_ecr, without, jnp.sum(nll * packed.weights)
 
 
 def contrast(
@@ -160,8 +164,8 @@ def classify(embeddings: Array, proxies: Array, scale: Array, concepts: Array) -
 
 def first_proxies(model: MultimodalLM, source: PairSource, rows: int = 64) -> Array:
     """[C, D]: where the model, as it is, puts the label of each training concept."""
-    encode = jax.jit(lambda group: run(model, group, jnp.zeros((1, builtin.VISION.out_size)))[1])
-    parts = [np.asarray(encode(group)) for group in source.labels(rows)]
+    encode = jax.jit(lambda labels: run(model, labels, jnp.zeros((1, builtin.VISION.out_size)))[1])
+    parts = [np.asarray(encode(labels)) for labels in source.labels(rows)]
     return jnp.asarray(np.concatenate(parts)[: source.concepts])
 
 
@@ -175,17 +179,15 @@ class Unseen:
         rows += [rows[-1]] * (-len(rows) % chunk)
         self._pictures = data.images[rows]
         said = [texts.label(data.concepts[data.concept_ids[r]]) for r in rows]
-        nothing = [""] * chunk
-        picture = [source.prompt_of("", True)] * chunk
-        self._seen = source.sequences(picture, nothing, nothing, 28, 0)
+        self._seen = source.bare([source.place("", True)] * chunk, pictures=True)
         self._asked = [
-            source.sequences([source.prompt_of(t, False) for t in part], nothing, nothing, 40, None)
+            source.bare([source.place(t, False) for t in part])
             for part in (said[i : i + chunk] for i in range(0, len(said), chunk))
         ]
         self._chunk = chunk
         self._look = jax.jit(lambda model, pixels: run(model, self._seen, see(model, pixels))[1])
         self._read = jax.jit(
-            lambda model, group: run(model, group, jnp.zeros((1, builtin.VISION.out_size)))[1]
+            lambda model, asked: run(model, asked, jnp.zeros((1, builtin.VISION.out_size)))[1]
         )
 
     def evaluate(self, model: MultimodalLM) -> dict[str, float]:
@@ -203,17 +205,18 @@ class Unseen:
         return {f"unseen_hit{k}": round(float((rank < k).mean()), 4) for k in (1, 10)}
 
 
-jax.tree_util.register_dataclass(Sequences)
-jax.tree_util.register_dataclass(Batch)
-
-
 def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
     tokenizer = Tokenizer.from_dir(config.tokenizer)
     saved = np.load(config.vision)
     source = PairSource(
-        data, tokenizer, builtin.IMAGES, prototypes=saved["prototypes_cd"], seed=config.seed
+        data,
+        tokenizer,
+        builtin.IMAGES,
+        prototypes=saved["prototypes_cd"],
+        seed=config.seed,
+        own=config.own,
     )
     rules = sampling.colour_rules(data)
     gentle, may_flip = jnp.asarray(rules.gentle), jnp.asarray(rules.may_flip)
@@ -240,27 +243,20 @@ def main(config: Config) -> None:
         model = trained.model
         vis = see(model, pixels)
         count = len(batch.concepts)
-        q_with, q_none, lm = {}, {}, 0.0
-        groups = {"seen": batch.seen, "text": batch.text, "composed": batch.composed}
-        for name, group in groups.items():
-            q_with[name], q_none[name], more = run(model, group, vis)
-            lm += more
-        weights = sum(group.weights.sum() for group in groups.values())
-        d_with, d_none = q_with["seen"][:count], q_none["seen"][:count]
-        qw, qn = (
-            jnp.concatenate([q["text"], q["seen"][count:], q["composed"]]) for q in (q_with, q_none)
-        )
+        with_ecr, without, lm = run(model, batch.packed, vis)
+        d_with, qw = with_ecr[:count], with_ecr[count:]
+        d_none, qn = without[:count], without[count:]
         scale = jnp.exp(jnp.minimum(trained.log_scale[...], np.log(100.0)))
         concepts = batch.concepts
         losses = {
             "with": contrast(qw, d_with, scale, concepts, batch.answers),
             "none": contrast(qn, d_none, scale, concepts, batch.answers),
             "mixed": contrast(qn, d_with, scale, concepts, batch.answers),
-            "lm": lm / weights,
+            "lm": lm / batch.packed.weights.sum(),
         }
         proxies, of = trained.proxies_cd[...], batch.proxies
-        losses["proxy_with"] = classify(jnp.concatenate([d_with, qw]), proxies, scale, of)
-        losses["proxy_none"] = classify(jnp.concatenate([d_none, qn]), proxies, scale, of)
+        losses["proxy_with"] = classify(with_ecr, proxies, scale, of)
+        losses["proxy_none"] = classify(without, proxies, scale, of)
         total = 0.5 * (losses["with"] + losses["none"] + losses["mixed"])
         total += losses["proxy_with"] + losses["proxy_none"]
         total += config.lm_weight * losses["lm"]
@@ -288,14 +284,15 @@ def main(config: Config) -> None:
     log = (config.out / "metrics.jsonl").open("a")
     batches = prefetch(source.batches(step, config.mix))
     since, timed = time.time(), step
-    while step < config.steps:
+    last = config.until or config.steps
+    while step < last:
         trained, opt_state, metrics = train_step(trained, opt_state, step, next(batches))
         step += 1
-        if step % 20 == 0 or step == config.steps:
+        if step % 20 == 0 or step == last:
             row = {k: round(float(v), 4) for k, v in metrics.items()}
             seconds = (time.time() - since) / (step - timed)
             row |= {"step": step, "s_per_step": round(seconds, 2)}
-            if step % config.eval_every == 0 or step == config.steps:
+            if step % config.eval_every == 0 or step == last:
                 row |= unseen.evaluate(trained.model)
             if not np.isfinite(sum(row.values())):
                 raise RuntimeError(f"the loss is not finite at step {step}: {row}")
@@ -303,7 +300,7 @@ def main(config: Config) -> None:
             log.flush()
             print(row, flush=True)
             since, timed = time.time(), step
-        if step % config.checkpoint_every == 0 or step == config.steps:
+        if step % config.checkpoint_every == 0 or step == last:
             checkpoints.save(step, (trained, opt_state))
             hf.export(trained.model, config.out / "export")
     checkpoints.close()

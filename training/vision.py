@@ -150,7 +150,8 @@ def batches(
         rows = [sampling.pick_row(table, int(i), rng) for i in picked]
         concepts = table.concepts[picked]
         said = [texts.text_query(data.concepts[c], rng) for c in concepts]
-        yield np.stack([data.images[r] for r in rows]), concepts, encode(tokenizer, said)
+        pictures = np.stack([images.turned(data.images[r], rng) for r in rows])
+        yield pictures, concepts, encode(tokenizer, said)
         step += 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ from PIL import Image
 
 from tests.training.drawings import emoji_data
 from training import builtin, export
-from training.pairs import FEATURES, Batch, Mix, PairSource, lookalikes
+from training.packing import ECR, PROMPT, Example, Packed, Packer
+from training.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
 from training.sampling import image_table
 from training.unified import contrast, run, see
 from tte_jax.builtin.models import REASONER, path_of
@@ -70,16 +72,80 @@ def test_wrong_reasonings_are_shown_but_not_learnt(
     source: PairSource, batch: Batch, tokenizer: Tokenizer
 ) -> None:
     concepts = emoji_data().concepts
-    group = batch.seen
-    learnt = group.weights.any(1)
-    assert learnt.any() and not learnt.all()
-    for row, concept in enumerate(batch.concepts):
-        n = group.prompt[row]
-        shown = tokenizer.decode(group.ids[row, n : group.end[row]].tolist())
+    packed = batch.packed
+    learnt = {}
+    for i, concept in enumerate(batch.concepts):
+        shown = said(tokenizer, packed, i)
         truth = source.reasonings.of(concepts[concept])
-        assert (shown == truth) == bool(learnt[row])
-        told = group.targets[row, : int(group.weights[row].sum())].tolist()
-        assert not learnt[row] or tokenizer.decode(told) == truth
+        asked = packed.sequence.reshape(-1)[packed.asked] == i
+        told = packed.targets[asked & (packed.weights > 0)].tolist()
+        learnt[i] = bool(told)
+        assert (shown == truth) == learnt[i]
+        end = tokenizer.token_id("<|im_end|>")
+        assert not told or (tokenizer.decode(told) == truth and told[-1] == end)
+    assert len(set(learnt.values())) == 2
+
+
+def said(tokenizer: Tokenizer, packed: Packed, sequence: int, part: int = ECR) -> str:
+    """A part of a sequence as text, without control tokens."""
+    ids = packed.ids[(packed.sequence == sequence) & (packed.part == part)].tolist()
+    return tokenizer.decode(ids)
+
+
+def test_packing_keeps_every_token(source: PairSource, tokenizer: Tokenizer) -> None:
+    ecr = "<think>animal: cat</think>\nAnswer: cat"
+    examples = [
+        Example(source.place("", True), ecr, ecr, 0),
+        Example(source.place("a much longer text about a cat", False), ecr, "Answer: dog", None),
+        Example(source.place("cat", False), ecr, ecr, None),
+    ]
+    image = tokenizer.token_id("<|image_pad|>")
+    packer = Packer(tokenizer, image_token=image, features=4)
+    sizes = [len(e.prompt.ids) + len(tokenizer.encode_tagged(e.shown)) + 2 for e in examples]
+    length = max(sizes) + min(sizes)
+    assert packer.pack(examples, rows=1, length=length, targets=99) is None
+    packed = packer.pack(examples, rows=2, length=length, targets=99)
+    assert packed is not None
+    assert (packed.sequence >= 0).sum() == sum(sizes)
+    for i, example in enumerate(examples):
+        assert said(tokenizer, packed, i) == example.shown
+        end, alone = packed.end[i], packed.alone[i]
+        assert alone == end + 1 and packed.ids.reshape(-1)[end] == packed.ids.reshape(-1)[alone]
+        # The lone end stands where the ECR would begin.
+        places = packed.positions.transpose(0, 2, 1).reshape(-1, 3)
+        np.testing.assert_array_equal(places[alone], example.prompt.following)
+    learnt = 2 * (len(tokenizer.encode_tagged(ecr)) + 1)
+    assert packed.weights.sum() == learnt
+    short = packer.pack(examples, rows=2, length=length, targets=learnt - 3)
+    assert short is not None and short.weights.sum() == learnt - 3
+
+
+def test_what_the_model_said_is_shown(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = emoji_data()
+    table = image_table(data)
+    ids = [int(c) for c in table.concepts]
+    cow = next(i for i in ids if data.concepts[i].name == "cow")
+    judges = [i for i in ids if data.concepts[i].family == "judge"]
+    row = int(np.flatnonzero(data.concept_ids == cow)[0])
+    own = [Own(row, cow, "", "Answer: bull"), Own(-1, cow, "moo", "Answer: calf")]
+    own += [Own(row, judge, "make it so", "Answer: court") for judge in judges]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(o._asdict()) for o in own))
+    prototypes = np.random.default_rng(0).standard_normal((len(ids), 8))
+    source = PairSource(data, tokenizer, builtin.IMAGES, prototypes=prototypes, seed=3, own=path)
+    mix = Mix(text=4, image=1, composed=4, corrupt=0, corrupt_text=0, own=1.0)
+    batches = source.batches(0, mix)
+    batch = next(b for b in batches if cow in b.concepts[:4].tolist())
+    at = batch.concepts.tolist().index(cow)
+    assert said(tokenizer, batch.packed, at) == "Answer: bull"
+    typed = len(batch.concepts) + at
+    assert said(tokenizer, batch.packed, typed) == "Answer: calf"
+    assert "Find: moo" in said(tokenizer, batch.packed, typed, PROMPT)
+    for i in range(4):
+        asked = len(batch.concepts) + 5 + i
+        assert said(tokenizer, batch.packed, asked) == "Answer: court"
+        assert "Change: make it so" in said(tokenizer, batch.packed, asked, PROMPT)
+    assert set(batch.concepts[4:].tolist()) <= set(judges)
 
 
 def test_lookalikes_are_the_nearest_of_other_families() -> None:
@@ -111,9 +177,11 @@ def test_both_endings_equal_what_the_embedder_serves(
         0, 256, (len(batch.pictures), builtin.SIDE, builtin.SIDE, 3), dtype=np.uint8
     )
     vis = see(model, jnp.asarray(pictures, jnp.float32) / 255.0)
-    group, first = batch.composed, 10
-    assert group.vis_idx.max() == (first + len(group.ids)) * FEATURES - 1
-    with_ecr, without, _ = run(model, group, vis)
+    packed, first = batch.packed, 10
+    composed = range(len(packed.end) - 4, len(packed.end))
+    assert packed.vis_idx.max() == (first + 4) * FEATURES - 1
+    with_ecr, without, _ = (np.asarray(x) for x in run(model, packed, vis))
+    with_ecr, without = with_ecr[-4:], without[-4:]
 
     def png(picture: np.ndarray) -> bytes:
         out = io.BytesIO()
@@ -121,17 +189,16 @@ def test_both_endings_equal_what_the_embedder_serves(
         return out.getvalue()
 
     items, bare = [], []
-    for row, ids in enumerate(group.ids):
-        text = tokenizer.decode(ids[: group.prompt[row]].tolist())
+    for picture, sequence in zip(pictures[first:], composed, strict=True):
+        text = said(tokenizer, packed, sequence, PROMPT)
         change = text.split("Change: ")[1].split("\nassistant")[0]
-        content = Content.of(change, png(pictures[first + row]))
-        ecr = tokenizer.decode(ids[group.prompt[row] : group.end[row]].tolist())
-        items.append(EmbedItem(content, Side.QUERY, ecr))
+        content = Content.of(change, png(picture))
+        items.append(EmbedItem(content, Side.QUERY, said(tokenizer, packed, sequence)))
         bare.append(EmbedItem(content, Side.QUERY))
     with Embedder.from_pretrained(tmp_path / "model") as embedder:
-        np.testing.assert_allclose(np.asarray(with_ecr), embedder.embed(items), atol=2e-4)
-        np.testing.assert_allclose(np.asarray(without), embedder.embed(bare), atol=2e-4)
-    apart = np.asarray(with_ecr) @ np.asarray(with_ecr).T
+        np.testing.assert_allclose(with_ecr, embedder.embed(items), atol=2e-4)
+        np.testing.assert_allclose(without, embedder.embed(bare), atol=2e-4)
+    apart = with_ecr @ with_ecr.T
     assert apart[~np.eye(len(apart), dtype=bool)].min() < 0.999  # the inputs are told apart
 
 
