@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ class Config:
       until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
         same `out` goes on where the last one stopped.
       lm_weight: weight of the next-token loss beside the contrastive one.
+      tower: a frozen tower is that of `vision`, whatever a checkpoint holds.
+      style_noise: how often a picture's features are moved as far as another art style would.
       feature_std: vision features and the embedding table are both rescaled to this spread at the
         start, so that the decoder reads both alike.
     """
@@ -67,6 +70,8 @@ class Config:
     weight_decay: float = 0.1
     warmup: int = 40
     lm_weight: float = 2.0
+    tower: Literal["frozen", "train"] = "frozen"
+    style_noise: float = 0.6
     feature_std: float = 0.1
     checkpoint_every: int = 100
     eval_every: int = 100
@@ -109,6 +114,39 @@ def see(model: MultimodalLM, pixels: Array) -> Array:
     hw = jnp.broadcast_to(hw, (patches.shape[0], *hw.shape))
     segments = jnp.ones(patches.shape[:2], jnp.int32)
     return model.encode_images(patches, hw, segments, unroll=True)
+
+
+def style_residuals(model: MultimodalLM, data: EmojiData, concepts: int = 400) -> Array:
+    """[N, features, D]: how the features of drawings of one concept in different training styles
+    differ from their mean. N ≥ 3 * `concepts`."""
+    rows = data.rows("train", originals=True)
+    ids, counts = np.unique(data.concept_ids[rows], return_counts=True)
+    ids = ids[counts >= 3]
+    chosen = np.random.default_rng(0).permutation(ids)[:concepts]
+    grouped = [rows[data.concept_ids[rows] == c] for c in chosen]
+    pictures = data.images[np.concatenate(grouped)]
+    shape = (builtin.SIDE, builtin.SIDE, 3)
+
+    @jax.jit
+    def look(model: MultimodalLM, part: Array) -> Array:
+        pixels = jax.image.resize(part / 255.0, (len(part), *shape), "linear", antialias=True)
+        return see(model, pixels)
+
+    parts = np.array_split(pictures.astype(np.float32), max(len(pictures) // 200, 1))
+    seen = np.concatenate([np.asarray(look(model, jnp.asarray(p))) for p in parts])
+    seen = seen.reshape(len(pictures), -1, seen.shape[-1])
+    ends = np.cumsum([len(g) for g in grouped])[:-1]
+    return jnp.asarray(np.concatenate([part - part.mean(0) for part in np.split(seen, ends)]))
+
+
+def restyled(key: Array, vis: Array, residuals: Array, often: float) -> Array:
+    """`vis` [M * F, D] with a random share of a random residual added to some pictures."""
+    pictures = len(vis) // residuals.shape[1]
+    keys = jax.random.split(key, 3)
+    which = jax.random.randint(keys[0], (pictures,), 0, len(residuals))
+    share = jax.random.uniform(keys[1], (pictures, 1, 1))
+    share *= jax.random.bernoulli(keys[2], often, (pictures, 1, 1))
+    return vis + (share * residuals[which]).reshape(vis.shape)
 
 
 def run(model: MultimodalLM, packed: Packed, vis: Array) -> tuple[Array, Array, Array]:
@@ -225,6 +263,9 @@ def main(config: Config) -> None:
     model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
     sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
     begun(model, saved, config.feature_std, sample)
+    frozen = config.tower == "frozen"
+    tower = jax.tree.map(jnp.copy, model.visual)
+    residuals = style_residuals(model, data)
     trained = Trained(model, first_proxies(model, source))
     tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
@@ -242,6 +283,9 @@ def main(config: Config) -> None:
         )
         model = trained.model
         vis = see(model, pixels)
+        if frozen:
+            vis = jax.lax.stop_gradient(vis)
+        vis = restyled(jax.random.fold_in(key, 1), vis, residuals, config.style_noise)
         count = len(batch.concepts)
         with_ecr, without, lm = run(model, batch.packed, vis)
         d_with, qw = with_ecr[:count], with_ecr[count:]
@@ -268,6 +312,9 @@ def main(config: Config) -> None:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
         grads, metrics = jax.grad(loss_of, has_aux=True)(trained, key, batch)
         updates, opt_state = tx.update(grads, opt_state, trained)
+        if frozen:  # or weight decay would shrink it
+            still = jax.tree.map(jnp.zeros_like, trained.model.visual)
+            updates.model.visual = still  # pyright: ignore[reportAttributeAccessIssue]  # a Trained
         return optax.apply_updates(trained, updates), opt_state, metrics
 
     # --- restore ----------------------------------------------------------------------------
@@ -278,6 +325,8 @@ def main(config: Config) -> None:
     if step:
         trained, opt_state = jax.jit(lambda t: t)(checkpoints.restore(step, (trained, opt_state)))
         print(f"resumed at step {step}")
+    if frozen:
+        trained.model.visual = tower
 
     # --- loop -------------------------------------------------------------------------------
     unseen = Unseen(data, source)

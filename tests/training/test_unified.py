@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from training import builtin, export
 from training.packing import ECR, PROMPT, Example, Packed, Packer
 from training.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
 from training.sampling import image_table
-from training.unified import contrast, run, see
+from training.unified import contrast, restyled, run, see, style_residuals
 from tte_jax.builtin.models import REASONER, path_of
 from tte_jax.content import Content, Side
 from tte_jax.embedder import Embedder
@@ -215,3 +216,37 @@ def test_contrast_by_hand() -> None:
     column0 = np.log((2 * e2 + 1) / e2)
     column2 = np.log((e2 + 2) / e2)
     np.testing.assert_allclose(loss, 0.5 * (forward + (column0 + column2) / 3), rtol=1e-5)
+
+
+def test_features_are_moved_by_a_share_of_one_residual() -> None:
+    residuals = jnp.stack([jnp.full((FEATURES, 3), 1.0), jnp.full((FEATURES, 3), 10.0)])
+    vis = jnp.arange(40 * FEATURES * 3, dtype=jnp.float32).reshape(-1, 3)
+    same = restyled(jax.random.key(0), vis, residuals, 0.0)
+    np.testing.assert_array_equal(same, vis)
+    moved = np.asarray(restyled(jax.random.key(0), vis, residuals, 0.5) - vis)
+    moved = moved.reshape(40, FEATURES * 3)
+    np.testing.assert_allclose(moved, moved[:, :1].repeat(FEATURES * 3, 1), atol=1e-3)
+    assert 0.2 < (moved[:, 0] == 0).mean() < 0.8
+    assert moved.min() >= 0 and 1 < moved.max() <= 10
+
+
+def test_residuals_are_what_tells_styles_apart(tokenizer: Tokenizer) -> None:
+    data = emoji_data()
+    once = np.arange(len(data.images) // 2)
+    # A third style: the first again, so that every concept has three drawings.
+    data = replace(
+        data,
+        images=np.concatenate([data.images, data.images[once]]),
+        concept_ids=np.concatenate([data.concept_ids, data.concept_ids[once]]),
+        style_ids=np.concatenate([data.style_ids, np.full(len(once), 2)]),
+        styles=[*data.styles, "twemoji"],
+        variants=np.concatenate([data.variants, data.variants[once]]),
+        masks={k: np.concatenate([v, v[once]]) for k, v in data.masks.items()},
+    )
+    model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(0))
+    residuals = np.asarray(style_residuals(model, data, concepts=2))
+    assert residuals.shape == (6, FEATURES, builtin.VISION.out_size)
+    for one in (residuals[:3], residuals[3:]):
+        np.testing.assert_allclose(one.sum(0), 0, atol=1e-5)
+        np.testing.assert_allclose(one[0], one[2], atol=1e-5)  # the drawing that is there twice
+        assert np.abs(one[0] - one[1]).max() > 1e-4
