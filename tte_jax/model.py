@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tte_jax.errors import InvalidInputError
+from tte_jax import sharding
+from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
@@ -37,24 +39,37 @@ class ModelOutput:
     last_hidden_state: np.ndarray
 
 
-def load_model(path: str | Path, *, dtype: Any = jnp.float32) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules | None = None,
+) -> Model:
     """Load a Hugging Face model directory of a supported family.
 
     Args:
       path: directory with `config.json` and `*.safetensors`.
       dtype: dtype of the parameters in memory ("float32", "bfloat16", …).
+      mesh: of `tte_jax.sharding.make_mesh`; None = the default device.
+      rules: how dimensions map to the mesh; None = the defaults.
 
     Raises:
       NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.hf.load`.
     """
-    return Model(hf.load(path, dtype=jnp.dtype(dtype)))
+    placed = None if mesh is None else sharding.sharding_of(mesh, rules)
+    return Model(hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed), mesh, rules)
 
 
 class Model:
-    """Parameters with NumPy in and out."""
+    """Parameters with NumPy in and out; on a mesh, every process gives and gets the whole batch."""
 
-    def __init__(self, module: MultimodalLM) -> None:
+    def __init__(
+        self, module: MultimodalLM, mesh: Mesh | None = None, rules: sharding.Rules | None = None
+    ) -> None:
         self.module = module
+        self.mesh = mesh
+        self.rules = rules
 
     @property
     def config(self) -> ModelConfig:
@@ -82,8 +97,12 @@ class Model:
         """
         del ignored
         inputs = self._prepare(input_ids, attention_mask, pixel_values, image_grid_thw)
-        logits, hidden, _ = _forward(self.module, *inputs.arrays)
-        return ModelOutput(np.asarray(logits), np.asarray(hidden))
+        if self.mesh is None:
+            logits, hidden, _ = _forward(self.module, *inputs.arrays)
+            return ModelOutput(np.asarray(logits), np.asarray(hidden))
+        with jax.set_mesh(self.mesh):
+            logits, hidden, _ = _forward(self.module, *self._place_batch(inputs.arrays))
+            return ModelOutput(np.asarray(_whole(logits)), np.asarray(_whole(hidden)))
 
     def generate(
         self,
@@ -106,8 +125,16 @@ class Model:
 
         Returns:
           [B, T + new] ids: the prompt followed by the continuation.
+
+        Raises:
+          UnsupportedError: the model is on a mesh.
         """
         del ignored
+        if self.mesh is not None:
+            raise UnsupportedError(
+                "generate() runs on one device; load the model without a mesh.",
+                reason="MESH_UNSUPPORTED",
+            )
         if max_new_tokens < 1:
             raise InvalidInputError(
                 f"max_new_tokens must be at least 1, got {max_new_tokens}.", field="max_new_tokens"
@@ -136,6 +163,19 @@ class Model:
                 return np.concatenate([ids, np.stack(out, axis=1)], axis=1)
             logits, k, v = _decode(self.module, k, v, lengths, positions, jnp.asarray(token))
             lengths, positions = lengths + 1, positions + 1
+
+    def _place_batch(self, arrays: tuple[Any, ...]) -> Any:
+        """Every array split by its rows; each process puts down only its own devices' part."""
+        mesh = self.mesh
+        assert mesh is not None
+
+        def put(x: np.ndarray) -> jax.Array:
+            spec = sharding.batch_spec(x.shape[0], mesh, self.rules)
+            return jax.make_array_from_callback(
+                x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+            )
+
+        return jax.tree.map(put, arrays)
 
     def _stops(self, given: int | list[int] | None) -> tuple[int, ...]:
         if given is None:
@@ -266,6 +306,12 @@ def _forward(
     vis = None if pack is None else module.encode_images(*pack)
     hidden, kv = module.forward(ids, valid=valid, positions=positions, vis=vis, vis_idx=vis_idx)
     return module.logits(hidden), hidden, kv
+
+
+@jax.jit
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device of the mesh, so that any process can read it."""
+    return jax.sharding.reshard(x, PartitionSpec())
 
 
 @jax.jit

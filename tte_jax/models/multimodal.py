@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
+from tte_jax.nn.linear import lookup
 
 
 class MultimodalLM(nnx.Module):
@@ -60,7 +61,7 @@ class MultimodalLM(nnx.Module):
         """
         x = self.text.embed(ids)
         if vis is not None and vis_idx is not None:
-            features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
+            features = lookup(vis, jnp.maximum(vis_idx, 0)).astype(x.dtype)
             x = jnp.where((vis_idx >= 0)[..., None], features, x)
         return self.text(x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
 from tte_jax.nn.attention import attend
+from tte_jax.nn.linear import project
 from tte_jax.nn.norms import layer_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -95,7 +96,8 @@ class VisionTower(nnx.Module):
           One feature per M patches, in order; those of padding are to be ignored.
         """
         c = self.config
-        x = jnp.einsum("gpc,ce->gpe", patches.astype(self.patch_ce[...].dtype), self.patch_ce[...])
+        patches = patches.astype(self.merge_norm_e[...].dtype)
+        x = project("gpc,ce->gpe", patches, self.patch_ce[...])
         head = c.embed_dim // c.heads
         inverse = frequencies(head // 2, ROTARY_THETA)
         axes = (0,) * len(inverse) + (1,) * len(inverse)
@@ -104,18 +106,19 @@ class VisionTower(nnx.Module):
 
         def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
-            qkv = jnp.einsum("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
+            qkv = project("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
             out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
-            x = x + jnp.einsum("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
+            x = x + project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
-            h = h @ w["fc1_ef"] + w["fc1_bias_f"]
+            h = project("gpe,ef->gpf", h, w["fc1_ef"]) + w["fc1_bias_f"]
             h = h * jax.nn.sigmoid(1.702 * h)  # quick GELU
-            return x + h @ w["fc2_fe"] + w["fc2_bias_e"], None
+            return x + project("gpf,fe->gpe", h, w["fc2_fe"]) + w["fc2_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
         x = x.reshape(x.shape[0], -1, c.embed_dim * c.merged)
-        x = jax.nn.gelu(x @ self.merge1_gg[...] + self.merge1_bias_g[...], approximate=False)
-        return x @ self.merge2_gd[...] + self.merge2_bias_d[...]
+        x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
+        x = jax.nn.gelu(x, approximate=False)
+        return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]
