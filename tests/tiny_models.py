@@ -59,6 +59,22 @@ BUCKETS = {
 }
 
 
+# What the towers of the later families have beside the common keys.
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "depth": 2,
+        "window_size": 28,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    },
+    "qwen3_vl": {
+        "depth": 2,
+        "num_position_embeddings": 9,
+        "deepstack_visual_indexes": [0],
+    },
+}
+
+
 def tokenizer(*, think_tags: bool = True) -> Tokenizer:
     """A byte-level BPE of 512 ids with the control tokens of the Qwen family."""
     bpe = Tokenizer(models.BPE())
@@ -92,7 +108,7 @@ def write_model(
     """A model directory with random weights.
 
     Args:
-      family: "qwen2_vl" or "qwen3".
+      family: "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3".
       scale: factor on all matrices; the default makes the outputs depend on every input.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,6 +144,26 @@ def write_model(
                 "temporal_patch_size": 2,
                 "spatial_merge_size": 2,
                 "hidden_size": 64,
+            },
+        }
+        processor = {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56}
+        (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    if family in VISION:
+        config |= {
+            "text_config": text | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+            "image_token_id": bpe.token_to_id("<|image_pad|>"),
+            "video_token_id": bpe.token_to_id("<|video_pad|>"),
+            "vision_start_token_id": bpe.token_to_id("<|vision_start|>"),
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "out_hidden_size": 64,
+                "num_heads": 2,
+                "in_channels": 3,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                **VISION[family],
             },
         }
         processor = {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56}

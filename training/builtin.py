@@ -7,7 +7,7 @@ from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.tokenizer import Tokenizer
 
 VOCABULARY = 4096
-SIDE = 84  # pixels; every picture is resized to 84 x 84: 36 patches, 9 vision tokens
+SIDE = 56  # pixels; every picture is resized to 56 x 56: 16 patches, 4 vision tokens
 
 IMAGES = ImageConfig(
     patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=SIDE**2, max_pixels=SIDE**2

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from training import sampling, texts
+from training import builtin, sampling, texts
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
 from tte_jax.content import Content, Media, Side
@@ -24,8 +24,11 @@ from tte_jax.preprocess.template import Prompt
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import ReasonItem
 
-GRID = (1, 6, 6)  # 84 x 84 pixels in patches of 14
-FEATURES = 9  # merged patches of one picture
+_PATCHES = builtin.SIDE // builtin.IMAGES.patch_size
+GRID = (1, _PATCHES, _PATCHES)
+FEATURES = _PATCHES**2 // builtin.IMAGES.merge_size**2  # merged patches of one picture
+# Tokens of a sequence: prompt, ECR and both endings.
+_SEEN_ROOM, _TEXT_ROOM, _COMPOSED_ROOM = 50 + FEATURES, 60, 62 + FEATURES
 ECR_ROOM = 32  # tokens of an ECR that are learnt; one in a hundred has up to four more
 _PICTURE = Media(b"picture")
 
@@ -70,7 +73,8 @@ class Batch:
     Attributes:
       pictures: [M, 112, 112, 3] uint8: documents, then image queries, then composed queries.
       picture_concepts: [M] int32.
-      documents, text, image, composed: the sequences of each group.
+      seen: the sequences of the documents, then of the image queries, which look alike.
+      text, composed: the sequences of the other queries.
       concepts: [B] int32 concept of each document.
       answers: [Q] int32 document of each query.
       proxies: [B + Q] int32, which training concept each document, then each query, is about.
@@ -78,9 +82,8 @@ class Batch:
 
     pictures: Leaf
     picture_concepts: Leaf
-    documents: Sequences
+    seen: Sequences
     text: Sequences
-    image: Sequences
     composed: Sequences
     concepts: Leaf
     answers: Leaf
@@ -91,18 +94,40 @@ class Batch:
 class Mix:
     """Queries of each kind in a batch (image ≤ text), and how often an ECR is a wrong one."""
 
-    text: int = 64
+    text: int = 56
     image: int = 8
-    composed: int = 32
-    corrupt: float = 0.25
+    composed: int = 40
+    corrupt: float = 0.35
     corrupt_text: float = 0.1
 
 
+LOOKALIKES = 8
+
+
+def lookalikes(prototypes: np.ndarray, families: np.ndarray) -> np.ndarray:
+    """[C, LOOKALIKES] the concepts of other families that each is most easily mistaken for.
+
+    Args:
+      prototypes: [C, D] mean vision features of each training concept.
+      families: [C] family ids.
+    """
+    z = prototypes - prototypes.mean(0)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    similar = np.where(families[:, None] == families[None, :], -np.inf, z @ z.T)
+    return np.argsort(-similar, axis=1, kind="stable")[:, :LOOKALIKES]
+
+
 class PairSource:
-    """Draws batches from a split of the data."""
+    """Draws batches from the training split; `prototypes` as in `lookalikes`."""
 
     def __init__(
-        self, data: EmojiData, tokenizer: Tokenizer, image_config: ImageConfig, *, seed: int
+        self,
+        data: EmojiData,
+        tokenizer: Tokenizer,
+        image_config: ImageConfig,
+        *,
+        prototypes: np.ndarray,
+        seed: int,
     ) -> None:
         self._data = data
         self._seed = seed
@@ -110,7 +135,7 @@ class PairSource:
             "mini", tokenizer, image_config, load=lambda media, path: (_NO_PATCHES, GRID)
         )
         self._table = sampling.image_table(data)
-        self._by_concept = {int(c): i for i, c in enumerate(self._table.concepts)}
+        self._lookalikes = lookalikes(prototypes, self._table.family)
         self.reasonings = texts.Reasonings(data.concepts)
         self._end = tokenizer.token_id("<|im_end|>")
         self._pad = tokenizer.token_id("<|endoftext|>")
@@ -140,7 +165,7 @@ class PairSource:
         prompts += [prompts[-1]] * (-len(prompts) % rows)
         for start in range(0, len(prompts), rows):
             some = prompts[start : start + rows]
-            yield self.sequences(some, [""] * rows, [""] * rows, 60, None)
+            yield self.sequences(some, [""] * rows, [""] * rows, _TEXT_ROOM, None)
 
     def sequences(
         self,
@@ -226,17 +251,16 @@ class PairSource:
         ]
         typed = [self._text_prompt(concept_of(i), rng) for i in plain]
         picture = self._prompt("", True)
-        truths = [self.reasonings.of(concept_of(i)) for i in answers]
 
         def shown(indices: list[int], rate: float) -> list[str]:
             return [self._maybe_wrong(i, rate, rng) for i in indices]
 
-        def group(prompts: list[Prompt], start: int, rate: float, room: int, first: int | None):
-            end = start + len(prompts)
-            ecrs = shown(answers[start:end], rate)
-            return self.sequences(prompts, truths[start:end], ecrs, room, first)
+        def group(prompts: list[Prompt], of: slice, rate: float, room: int, first: int | None):
+            return self.sequences(prompts, truths[of], shown(about[of], rate), room, first)
 
         count = len(answers)
+        about = answers + looks
+        truths = [self.reasonings.of(concept_of(i)) for i in about]
         pictures = np.asarray(rows)
         asking = np.concatenate(
             [np.arange(len(plain)), np.arange(len(looks)), np.arange(len(plain), count)]
@@ -244,10 +268,11 @@ class PairSource:
         return Batch(
             pictures=self._data.images[pictures],
             picture_concepts=self._data.concept_ids[pictures],
-            documents=group([picture] * count, 0, mix.corrupt, 59, 0),
-            text=group(typed, 0, mix.corrupt_text, 60, None),
-            image=group([picture] * len(looks), 0, mix.corrupt, 59, count),
-            composed=group(asked, len(plain), mix.corrupt, 71, count + len(looks)),
+            seen=group([picture] * len(about), slice(None), mix.corrupt, _SEEN_ROOM, 0),
+            text=group(typed, slice(len(plain)), mix.corrupt_text, _TEXT_ROOM, None),
+            composed=group(
+                asked, slice(len(plain), count), mix.corrupt, _COMPOSED_ROOM, len(about)
+            ),
             concepts=self._table.concepts[answers],
             answers=asking,
             proxies=np.concatenate([np.array(answers), np.array(answers)[asking]]).astype(np.int32),
@@ -286,12 +311,19 @@ class PairSource:
         return pairs
 
     def _maybe_wrong(self, index: int, rate: float, rng: np.random.Generator) -> str:
-        """The concept's ECR, or now and then that of something it may be mistaken for."""
+        """The concept's ECR, or now and then that of something it may be mistaken for: mostly what
+        looks alike, else another variant, another one of its kind, or anything."""
         concept = self._concept(index)
         if rng.random() >= rate:
             return self.reasonings.of(concept)
-        pool = self._subgroups[concept.subgroup]
-        if rng.random() < 0.15 or len(pool) < 2:
+        draw = rng.random()
+        if draw < 0.6:
+            pool = self._lookalikes[index]
+        elif draw < 0.75:
+            pool = np.flatnonzero(self._table.family == self._table.family[index])
+        elif draw < 0.95:
+            pool = self._subgroups[concept.subgroup]
+        else:
             pool = np.arange(len(self._table.concepts))
         return self.reasonings.of(self._concept(int(rng.choice(pool))))
 

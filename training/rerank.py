@@ -5,7 +5,7 @@
 Rows are written by `training.rerank_rows`: a query text, candidates in the reasoner's words, and
 which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
 probability) plus a softmax over the list (so that the order is right). The decoder starts from the
-unified model's embedding table and MLPs; attention is new, since Qwen3 normalises queries and keys.
+unified model's; that Qwen3 normalises queries and keys is all that it has to get used to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from training import builtin
 from training.checkpoint import Checkpoints
-from training.optimiser import adamw
+from training.optimiser import muon
 from training.pairs import Leaf
 from training.prefetch import prefetch
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
@@ -43,7 +43,7 @@ class Config:
 
     Attributes:
       rows: JSONL of {"query": str, "candidates": [str], "labels": [0 or 1]}.
-      start: unified model directory whose embedding table and MLPs are taken over.
+      start: unified model directory whose decoder is taken over.
       lists, candidates: a step reads `lists` rows with `candidates` of their candidates each.
     """
 
@@ -54,7 +54,7 @@ class Config:
     lists: int = 16
     candidates: int = 6
     steps: int = 300
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     warmup: int = 40
     weight_decay: float = 0.05
     checkpoint_every: int = 100
@@ -157,9 +157,10 @@ def main(config: Config) -> None:
     model = MultimodalLM(builtin.reranker_config(tokenizer), rngs=nnx.Rngs(config.seed))
     start = hf.load(config.start).text
     model.text.embed_vd[...] = start.embed_vd[...]
-    for name in ("gate_df", "up_df", "down_fd"):
-        getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
-    tx = adamw(
+    for name in model.text.layers.weights():
+        if hasattr(start.layers, name):  # not the norms of queries and keys
+            getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
+    tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
     opt_state = tx.init(model)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees

@@ -6,14 +6,15 @@ Next-token loss on the ECR and contrastive loss on the end token, from the same 
 ends twice, after its ECR and right after the prompt, so "no reasoning" is trained as well and the
 comparison between the two is fair. Some ECRs are replaced by those of look-alikes: at serving time
 the reasoner errs, and an embedder that only ever saw true ECRs would follow it blindly. The vision
-tower is frozen (method.md, section 3); the paper found joint training to hurt a pretrained 7B
-backbone, here both skills start from nothing and share their seeing.
+tower and the embedding table come from `training.vision` and go on learning. The paper found joint
+training to hurt a pretrained 7B backbone; here both skills start from nothing and see as one.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,14 +26,13 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin, images, sampling
+from training import builtin, images, sampling, texts
 from training.checkpoint import Checkpoints
-from training.data.emoji import load
-from training.optimiser import adamw
+from training.data.emoji import EmojiData, load
+from training.optimiser import muon
 from training.pairs import ECR_ROOM, Batch, Mix, PairSource, Sequences
 from training.prefetch import prefetch
 from tte_jax.models.multimodal import MultimodalLM
-from tte_jax.models.vision import VisionTower
 from tte_jax.nn.norms import l2_normalise
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.weights import hf
@@ -45,31 +45,30 @@ class Config:
     Attributes:
       vision: `visual.npz` written by `training.vision`.
       tokenizer: folder written by `training.tokenizer`.
-      start: weights to begin the decoder from (an earlier run's `export`, with a config.json).
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       lm_weight: weight of the next-token loss beside the contrastive one.
-      feature_std: vision features are rescaled to this spread at the start, near the embedding
-        table's, so that the decoder reads both alike.
+      feature_std: vision features and the embedding table are both rescaled to this spread at the
+        start, so that the decoder reads both alike.
     """
 
     data: Path = Path(".data/emoji")
     tokenizer: Path = Path(".data/runs/tokenizer")
     vision: Path = Path(".data/runs/vision/visual.npz")
     out: Path = Path(".data/runs/unified")
-    start: Path | None = None
     mix: Mix = field(default_factory=Mix)
-    steps: int = 750
+    steps: int = 1100
     lr: float = 2e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     warmup: int = 40
     lm_weight: float = 1.0
     feature_std: float = 0.1
     checkpoint_every: int = 100
+    eval_every: int = 100
     seed: int = 0
 
 
 class Trained(nnx.Module):
-    """What the optimiser sees: the decoder, the temperature, and a proxy for every concept.
+    """What the optimiser sees: the model, the temperature, and a proxy for every concept.
 
     A batch holds about a hundred documents, so in-batch negatives alone teach a hundred-way choice
     where thousands are needed. Every embedding is therefore also classified against learnt proxies
@@ -77,22 +76,24 @@ class Trained(nnx.Module):
     """
 
     def __init__(self, model: MultimodalLM, proxies: Array) -> None:
-        self.text = model.text
+        self.model = model
         self.proxies_cd = nnx.Param(proxies)
         self.log_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
 
 
-def rescaled(model: MultimodalLM, path: Path, std: float, sample: np.ndarray) -> MultimodalLM:
-    """`model` with the trained tower, its output brought to the given standard deviation."""
+def begun(model: MultimodalLM, saved: Mapping[str, np.ndarray], std: float, sample: np.ndarray):
+    """Put what `training.vision` saved into `model`: features and embedding table, each brought to
+    the given standard deviation. `sample` [M S S 3] uint8 pictures measure the features."""
     graph, state = nnx.split(model.visual)
-    saved = np.load(path)
-    leaves = [jnp.asarray(saved[str(i)]) for i in range(len(saved.files))]
-    model.visual = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    structure = jax.tree.structure(state)
+    leaves = [jnp.asarray(saved[str(i)]) for i in range(structure.num_leaves)]
+    model.visual = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
     spread = float(jnp.std(see(model, jnp.asarray(sample, jnp.float32) / 255.0)))
     for name in ("merge2_gd", "merge2_bias_d"):
         param = getattr(model.visual, name)
         param[...] = param[...] * (std / spread)
-    return model
+    table = saved["embed_vd"]
+    model.text.embed_vd[...] = jnp.asarray(table * (std / table.std()))
 
 
 def see(model: MultimodalLM, pixels: Array) -> Array:
@@ -100,7 +101,8 @@ def see(model: MultimodalLM, pixels: Array) -> Array:
     patches = images.to_patches(pixels)
     hw = jnp.asarray(images.patch_coordinates(pixels.shape[1]))
     hw = jnp.broadcast_to(hw, (patches.shape[0], *hw.shape))
-    return model.encode_images(patches, hw, jnp.ones(patches.shape[:2], jnp.int32))
+    segments = jnp.ones(patches.shape[:2], jnp.int32)
+    return model.encode_images(patches, hw, segments, unroll=True)
 
 
 def run(model: MultimodalLM, group: Sequences, vis: Array) -> tuple[Array, Array, Array]:
@@ -117,6 +119,7 @@ def run(model: MultimodalLM, group: Sequences, vis: Array) -> tuple[Array, Array
         vis=vis,
         vis_idx=group.vis_idx,
         mask=mask,
+        unroll=True,
     )
     rows = jnp.arange(len(group.ids))
     asked = group.prompt[:, None] - 1 + jnp.arange(ECR_ROOM)
@@ -162,6 +165,44 @@ def first_proxies(model: MultimodalLM, source: PairSource, rows: int = 64) -> Ar
     return jnp.asarray(np.concatenate(parts)[: source.concepts])
 
 
+class Unseen:
+    """Text against the pictures of the unseen style, without reasoning, as training goes on."""
+
+    def __init__(self, data: EmojiData, source: PairSource, chunk: int = 128) -> None:
+        rows = [
+            r for r in data.rows("heldout_style") if not data.concepts[data.concept_ids[r]].tones
+        ]
+        rows += [rows[-1]] * (-len(rows) % chunk)
+        self._pictures = data.images[rows]
+        said = [texts.label(data.concepts[data.concept_ids[r]]) for r in rows]
+        nothing = [""] * chunk
+        picture = [source.prompt_of("", True)] * chunk
+        self._seen = source.sequences(picture, nothing, nothing, 28, 0)
+        self._asked = [
+            source.sequences([source.prompt_of(t, False) for t in part], nothing, nothing, 40, None)
+            for part in (said[i : i + chunk] for i in range(0, len(said), chunk))
+        ]
+        self._chunk = chunk
+        self._look = jax.jit(lambda model, pixels: run(model, self._seen, see(model, pixels))[1])
+        self._read = jax.jit(
+            lambda model, group: run(model, group, jnp.zeros((1, builtin.VISION.out_size)))[1]
+        )
+
+    def evaluate(self, model: MultimodalLM) -> dict[str, float]:
+        """hit@1 and hit@10 of each label among all plain pictures of the unseen style."""
+        pool, asked = [], []
+        for part, group in enumerate(self._asked):
+            pictures = self._pictures[part * self._chunk :][: self._chunk] / np.float32(255)
+            pixels = jax.image.resize(
+                pictures, (self._chunk, builtin.SIDE, builtin.SIDE, 3), "linear", antialias=True
+            )
+            pool.append(np.asarray(self._look(model, pixels)))
+            asked.append(np.asarray(self._read(model, group)))
+        scores = np.concatenate(asked) @ np.concatenate(pool).T
+        rank = (scores > np.diag(scores)[:, None]).sum(1)
+        return {f"unseen_hit{k}": round(float((rank < k).mean()), 4) for k in (1, 10)}
+
+
 jax.tree_util.register_dataclass(Sequences)
 jax.tree_util.register_dataclass(Batch)
 
@@ -170,24 +211,25 @@ def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
     tokenizer = Tokenizer.from_dir(config.tokenizer)
-    source = PairSource(data, tokenizer, builtin.IMAGES, seed=config.seed)
+    saved = np.load(config.vision)
+    source = PairSource(
+        data, tokenizer, builtin.IMAGES, prototypes=saved["prototypes_cd"], seed=config.seed
+    )
     rules = sampling.colour_rules(data)
     gentle, may_flip = jnp.asarray(rules.gentle), jnp.asarray(rules.may_flip)
 
     # --- model and optimiser ------------------------------------------------------------------
     model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
     sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
-    model = rescaled(model, config.vision, config.feature_std, sample)
-    if config.start is not None:
-        model.text = hf.load(config.start).text
+    begun(model, saved, config.feature_std, sample)
     trained = Trained(model, first_proxies(model, source))
-    tx = adamw(
+    tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
     opt_state = tx.init(trained)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
 
     # --- step -------------------------------------------------------------------------------
-    def loss_of(trained: Trained, visual: VisionTower, key: Array, batch: Batch):
+    def loss_of(trained: Trained, key: Array, batch: Batch):
         pixels = images.augment(
             key,
             batch.pictures,
@@ -195,19 +237,20 @@ def main(config: Config) -> None:
             may_flip=may_flip[batch.picture_concepts],
             size=builtin.SIDE,
         )
-        whole = nnx.merge(*nnx.split(model))
-        whole.text, whole.visual = trained.text, visual
-        vis = jax.lax.stop_gradient(see(whole, pixels))
-        d_with, d_none, lm = run(whole, batch.documents, vis)
-        weights = batch.documents.weights.sum()
-        q_with, q_none = [], []
-        for group in (batch.text, batch.image, batch.composed):
-            a, b, more = run(whole, group, vis)
-            q_with.append(a)
-            q_none.append(b)
-            lm, weights = lm + more, weights + group.weights.sum()
+        model = trained.model
+        vis = see(model, pixels)
+        count = len(batch.concepts)
+        q_with, q_none, lm = {}, {}, 0.0
+        groups = {"seen": batch.seen, "text": batch.text, "composed": batch.composed}
+        for name, group in groups.items():
+            q_with[name], q_none[name], more = run(model, group, vis)
+            lm += more
+        weights = sum(group.weights.sum() for group in groups.values())
+        d_with, d_none = q_with["seen"][:count], q_none["seen"][:count]
+        qw, qn = (
+            jnp.concatenate([q["text"], q["seen"][count:], q["composed"]]) for q in (q_with, q_none)
+        )
         scale = jnp.exp(jnp.minimum(trained.log_scale[...], np.log(100.0)))
-        qw, qn = jnp.concatenate(q_with), jnp.concatenate(q_none)
         concepts = batch.concepts
         losses = {
             "with": contrast(qw, d_with, scale, concepts, batch.answers),
@@ -225,9 +268,9 @@ def main(config: Config) -> None:
         return total, {**losses, "hit_none": hit, "scale": scale}
 
     @jax.jit(donate_argnums=(0, 1))
-    def train_step(trained, opt_state, visual, step, batch):
+    def train_step(trained, opt_state, step, batch):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trained, visual, key, batch)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trained, key, batch)
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, metrics
 
@@ -241,17 +284,19 @@ def main(config: Config) -> None:
         print(f"resumed at step {step}")
 
     # --- loop -------------------------------------------------------------------------------
-    visual = model.visual
+    unseen = Unseen(data, source)
     log = (config.out / "metrics.jsonl").open("a")
     batches = prefetch(source.batches(step, config.mix))
     since, timed = time.time(), step
     while step < config.steps:
-        trained, opt_state, metrics = train_step(trained, opt_state, visual, step, next(batches))
+        trained, opt_state, metrics = train_step(trained, opt_state, step, next(batches))
         step += 1
         if step % 20 == 0 or step == config.steps:
             row = {k: round(float(v), 4) for k, v in metrics.items()}
             seconds = (time.time() - since) / (step - timed)
             row |= {"step": step, "s_per_step": round(seconds, 2)}
+            if step % config.eval_every == 0 or step == config.steps:
+                row |= unseen.evaluate(trained.model)
             if not np.isfinite(sum(row.values())):
                 raise RuntimeError(f"the loss is not finite at step {step}: {row}")
             log.write(json.dumps(row) + "\n")
@@ -260,8 +305,7 @@ def main(config: Config) -> None:
             since, timed = time.time(), step
         if step % config.checkpoint_every == 0 or step == config.steps:
             checkpoints.save(step, (trained, opt_state))
-            model.text = trained.text
-            hf.export(model, config.out / "export")
+            hf.export(trained.model, config.out / "export")
     checkpoints.close()
 
 

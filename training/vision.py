@@ -6,8 +6,8 @@ A supervised warm start: from the mean of the merged vision features, linear hea
 group, subgroup, gender, skin tone and hair of the picture and the words of its label and tags. The
 same mean is drawn to the mean of the token embeddings of what is said about the picture (InfoNCE),
 so that features and token embeddings share one space before a decoder reads them. The heads are
-thrown away; the tower and the embedding table go into the unified model (`training.unified`). Small
-pictures first: attention and patches are resolution-free, and most of seeing is learnt cheaply.
+thrown away; the tower and the embedding table go into the unified model (`training.unified`), and
+so does each concept's mean feature, which tells what looks alike.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Config:
     data: Path = Path(".data/emoji")
     tokenizer: Path = Path(".data/runs/tokenizer")
     out: Path = Path(".data/runs/vision")
-    phases: tuple[tuple[int, int, int], ...] = ((56, 1500, 256), (84, 500, 256))
+    phases: tuple[tuple[int, int, int], ...] = ((56, 2000, 256),)
     optimiser: Literal["adamw", "muon"] = "muon"
     lr: float = 2.5e-3
     weight_decay: float = 0.1
@@ -172,7 +172,9 @@ def main(config: Config) -> None:
     model = Classifier(classes, builtin.VOCABULARY, rngs=nnx.Rngs(config.seed))
     total = sum(steps for _, steps, _ in config.phases)
     optimiser = {"adamw": adamw, "muon": muon}[config.optimiser]
-    tx = optimiser(lr=config.lr, warmup=config.warmup, steps=total, weight_decay=config.weight_decay)
+    tx = optimiser(
+        lr=config.lr, warmup=config.warmup, steps=total, weight_decay=config.weight_decay
+    )
     graph, params = nnx.split(model)
     opt_state = tx.init(params)
 
@@ -267,14 +269,10 @@ def main(config: Config) -> None:
         begin, end = end, end + steps
         if step >= end:
             continue
-        source = prefetch(
-            batches(data, table, tokenizer, batch, max(step, begin), config.seed)
-        )
+        source = prefetch(batches(data, table, tokenizer, batch, max(step, begin), config.seed))
         since, timed = time.time(), step
         while step < end:
-            params, opt_state, metrics = train_step(
-                params, opt_state, step, *next(source), size
-            )
+            params, opt_state, metrics = train_step(params, opt_state, step, *next(source), size)
             step += 1
             if step % 50 == 0:
                 row = {k: round(float(v), 4) for k, v in metrics.items()}
@@ -296,9 +294,18 @@ def main(config: Config) -> None:
     checkpoints.close()
 
     # --- result -----------------------------------------------------------------------------
+    prototypes = np.zeros((len(table.concepts), builtin.VISION.out_size), np.float32)
+    place = {int(c): i for i, c in enumerate(table.concepts)}
+    originals = data.rows("train", originals=True)
+    for part in np.array_split(originals, len(originals) // 256):
+        features = np.asarray(look(params, data.images[part], config.phases[-1][0]))
+        np.add.at(prototypes, [place[int(c)] for c in data.concept_ids[part]], features)
+    seen = np.bincount([place[int(c)] for c in data.concept_ids[originals]])
+    prototypes /= seen[:, None]
     model = nnx.merge(graph, params)
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(model.visual))}
-    np.savez(config.out / "visual.npz", embed_vd=np.asarray(model.embed_vd[...]), **leaves)
+    leaves |= {"embed_vd": np.asarray(model.embed_vd[...]), "prototypes_cd": prototypes}
+    np.savez(config.out / "visual.npz", **leaves)  # pyright: ignore[reportArgumentType]  # no such names
     print(f"wrote {config.out / 'visual.npz'}")
 
 

@@ -68,7 +68,7 @@ class Embedder(Role):
         self._batcher: Batcher | None = None
         for rows, tokens in self._shapes:
             vision = self.vision is not None
-            table = (rows * tokens, config.text.hidden_size)
+            table = (rows * tokens, config.feature_size)
             self.table.add(
                 "embed",
                 (rows, tokens),
@@ -208,7 +208,11 @@ class Embedder(Role):
         if self.vision is not None:
             features, known = self.vision.features(i for one in inputs for i in one.images)
             vis, vis_idx = place_features(
-                inputs, (rows, tokens), features, width=self.dimension, dtype=self._dtype
+                inputs,
+                (rows, tokens),
+                features,
+                width=self.served.config.feature_size,
+                dtype=self._dtype,
             )
         z = np.asarray(self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx))
         spent = time.monotonic() - start

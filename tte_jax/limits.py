@@ -14,6 +14,8 @@ MAX_INSTRUCTION_CHARS = 2_048
 MAX_REASONING_CHARS = 32_768  # an ECR's text where a request carries one, and texts to rerank
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_PAGES = 10_000
+MAX_PAGE_PIXELS = 16_000_000  # of one drawn page; a larger sheet is drawn with fewer dots
+MAX_VIDEO_FRAMES = 216_000  # two hours at 30 frames per second
 
 # Documents, metadata and filters
 MAX_ID_CHARS = 256

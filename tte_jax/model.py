@@ -6,9 +6,10 @@ The entry for parity checks and for reading a model by hand. Serving goes throug
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tte_jax import sharding
 from tte_jax.errors import InvalidInputError, UnsupportedError
-from tte_jax.models.config import ModelConfig
+from tte_jax.models.config import DeepStackVisionConfig, ModelConfig, WindowedVisionConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 from tte_jax.preprocess.patches import Grid
-from tte_jax.preprocess.positions import mrope_positions, text_positions
+from tte_jax.preprocess.positions import media_order, mrope_positions, text_positions
 from tte_jax.preprocess.vision_plan import plan_vision
 from tte_jax.weights import hf
+
+MropeMode = Literal["current", "legacy"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def load_model(
     path: str | Path,
     *,
     dtype: Any = jnp.float32,
+    mrope_mode: MropeMode = "current",
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
 ) -> Model:
@@ -51,23 +55,36 @@ def load_model(
     Args:
       path: directory with `config.json` and `*.safetensors`.
       dtype: dtype of the parameters in memory ("float32", "bfloat16", …).
+      mrope_mode: "legacy" gives vision tokens that do not follow `<|vision_start|>` plain text
+        positions, as transformers 4.52 did: models trained with it on such prompts need it.
       mesh: of `tte_jax.sharding.make_mesh`; None = the default device.
       rules: how dimensions map to the mesh; None = the defaults.
 
     Raises:
       NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.hf.load`.
     """
+    if mrope_mode not in ("current", "legacy"):
+        raise InvalidInputError(
+            f"mrope_mode must be 'current' or 'legacy', got {mrope_mode!r}.", field="mrope_mode"
+        )
     placed = None if mesh is None else sharding.sharding_of(mesh, rules)
-    return Model(hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed), mesh, rules)
+    module = hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed)
+    return Model(module, mrope_mode=mrope_mode, mesh=mesh, rules=rules)
 
 
 class Model:
     """Parameters with NumPy in and out; on a mesh, every process gives and gets the whole batch."""
 
     def __init__(
-        self, module: MultimodalLM, mesh: Mesh | None = None, rules: sharding.Rules | None = None
+        self,
+        module: MultimodalLM,
+        *,
+        mrope_mode: MropeMode = "current",
+        mesh: Mesh | None = None,
+        rules: sharding.Rules | None = None,
     ) -> None:
         self.module = module
+        self.mrope_mode = mrope_mode
         self.mesh = mesh
         self.rules = rules
 
@@ -81,6 +98,9 @@ class Model:
         attention_mask: np.ndarray | None = None,
         pixel_values: np.ndarray | None = None,
         image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+        second_per_grid_ts: np.ndarray | None = None,
         **ignored: Any,
     ) -> ModelOutput:
         """One forward pass over a padded batch.
@@ -90,13 +110,23 @@ class Model:
           attention_mask: [B, T], 0 at padding on either side; None = all real.
           pixel_values: [patches, C] float patches of all images, rows of the batch in order.
           image_grid_thw: [images, 3] frames, rows and columns of patches of each image.
+          pixel_values_videos, video_grid_thw: likewise of all videos.
+          second_per_grid_ts: [videos] seconds from one frame of a grid to the next (Qwen2.5-VL).
           **ignored: other outputs of a processor, such as `mm_token_type_ids`.
 
         Raises:
           InvalidInputError: shapes that do not belong together; images for a text model.
         """
         del ignored
-        inputs = self._prepare(input_ids, attention_mask, pixel_values, image_grid_thw)
+        inputs = self._prepare(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+        )
         if self.mesh is None:
             logits, hidden, _ = _forward(self.module, *inputs.arrays)
             return ModelOutput(np.asarray(logits), np.asarray(hidden))
@@ -110,6 +140,9 @@ class Model:
         attention_mask: np.ndarray | None = None,
         pixel_values: np.ndarray | None = None,
         image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+        second_per_grid_ts: np.ndarray | None = None,
         *,
         max_new_tokens: int,
         eos_token_id: int | list[int] | None = None,
@@ -140,7 +173,15 @@ class Model:
                 f"max_new_tokens must be at least 1, got {max_new_tokens}.", field="max_new_tokens"
             )
         ids = np.asarray(input_ids, np.int32)
-        inputs = self._prepare(ids, attention_mask, pixel_values, image_grid_thw)
+        inputs = self._prepare(
+            ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+        )
         stops = self._stops(eos_token_id)
         pad = next(p for p in (pad_token_id, self.config.pad_token_id, *stops, 0) if p is not None)
         _, hidden, (k, v) = _forward(self.module, *inputs.arrays)
@@ -188,6 +229,9 @@ class Model:
         attention_mask: np.ndarray | None,
         pixel_values: np.ndarray | None,
         image_grid_thw: np.ndarray | None,
+        pixel_values_videos: np.ndarray | None,
+        video_grid_thw: np.ndarray | None,
+        second_per_grid_ts: np.ndarray | None,
     ) -> _Inputs:
         c = self.config
         ids = np.asarray(input_ids, np.int32)
@@ -206,72 +250,123 @@ class Model:
                 f" every row, got shape {valid.shape}.",
                 field="attention_mask",
             )
-        if (pixel_values is None) != (image_grid_thw is None):
-            raise InvalidInputError(
-                "pixel_values and image_grid_thw belong together; only one of them was given.",
-                field="pixel_values" if pixel_values is None else "image_grid_thw",
-            )
+        media = [
+            self._media("image", pixel_values, image_grid_thw),
+            self._media("video", pixel_values_videos, video_grid_thw),
+        ]
         positions = np.zeros((ids.shape[0], 3, ids.shape[1]), np.int32)
         after = np.zeros(ids.shape[0], np.int32)
         vis_idx = np.full(ids.shape, -1, np.int32)
-        pack = None
-        if pixel_values is not None and image_grid_thw is not None:
-            pack = self._pack(pixel_values, image_grid_thw)
-            self._place(ids, valid, np.asarray(image_grid_thw), vis_idx)
-        grids = [] if image_grid_thw is None else _grids(image_grid_thw)
+        if c.vision is None:
+            for row, real in enumerate(valid):
+                n = int(real.sum())
+                positions[row][:, real], after[row] = text_positions(n), n
+            return _Inputs(ids, valid, positions, after, vis_idx, None)
+        assert c.image_token_id is not None and c.video_token_id is not None
+        self._place(ids, valid, media, vis_idx)
+        sources = {
+            c.image_token_id: iter((grid, 1.0) for grid in media[0].grids),
+            c.video_token_id: iter(_video_frames(c, media[1].grids, second_per_grid_ts)),
+        }
         for row, real in enumerate(valid):
             tokens = ids[row, real]
-            if c.vision is None:
-                rows, after[row] = text_positions(len(tokens)), len(tokens)
-            else:
-                assert c.image_token_id is not None and c.video_token_id is not None
-                merged = c.vision.merged
-                mine, tokens_left = 0, int((tokens == c.image_token_id).sum())
-                while tokens_left > 0 and mine < len(grids):
-                    tokens_left -= int(np.prod(grids[mine])) // merged
-                    mine += 1
-                rows, after[row] = mrope_positions(
-                    tokens,
-                    grids[:mine],
-                    image_token_id=c.image_token_id,
-                    video_token_id=c.video_token_id,
-                    merge_size=c.vision.merge_size,
-                )
-                grids = grids[mine:]
+            mine = media_order(tokens, sources, merged=c.vision.merged)
+            rows, after[row] = mrope_positions(
+                tokens,
+                [grid for grid, _ in mine],
+                image_token_id=c.image_token_id,
+                video_token_id=c.video_token_id,
+                merge_size=c.vision.merge_size,
+                vision_start_token_id=c.vision_start_token_id,
+                require_vision_start=self.mrope_mode == "legacy",
+                intervals=[interval for _, interval in mine],
+            )
             positions[row][:, real] = rows
+        grids = [*media[0].grids, *media[1].grids]
+        if not grids:
+            return _Inputs(ids, valid, positions, after, vis_idx, None)
+        patches = np.concatenate([m.patches for m in media if m.patches is not None])
+        plan = plan_vision(grids, **c.vision.plan)
+        pack = (patches[None], *(x[None] for x in plan.arrays))
         return _Inputs(ids, valid, positions, after, vis_idx, pack)
 
-    def _pack(self, pixel_values: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _media(self, kind: str, patches: np.ndarray | None, thw: np.ndarray | None) -> _Media:
+        """Checks the patches of all images, or of all videos, against their grids."""
+        pixels, name = _ARGUMENTS[kind]
+        if (patches is None) != (thw is None):
+            raise InvalidInputError(
+                f"{pixels} and {name} belong together; only one of them was given.",
+                field=pixels if patches is None else name,
+            )
+        if patches is None or thw is None:
+            return _Media(kind, [], None)
         vision = self.config.vision
         if vision is None:
             raise InvalidInputError(
-                f"A {self.config.model_type} model reads text only, but pixel_values were given.",
-                field="pixel_values",
+                f"A {self.config.model_type} model reads text only, but {pixels} were given.",
+                field=pixels,
             )
-        patches = np.asarray(pixel_values, np.float32)
-        needed = int(np.prod(np.asarray(grids), axis=1).sum())
+        patches = np.asarray(patches, np.float32)
+        needed = int(np.prod(np.asarray(thw), axis=1).sum())
         if patches.shape != (needed, vision.patch_values):
             raise InvalidInputError(
-                f"image_grid_thw asks for pixel_values of shape {(needed, vision.patch_values)},"
+                f"{name} asks for {pixels} of shape {(needed, vision.patch_values)},"
                 f" got {patches.shape}.",
-                field="pixel_values",
+                field=pixels,
             )
-        plan = plan_vision(_grids(grids), merge_size=vision.merge_size, bucket=None)
-        return patches[None], plan.hw[None], plan.segments[None]
+        return _Media(kind, [(int(t), int(h), int(w)) for t, h, w in thw], patches)
 
     def _place(
-        self, ids: np.ndarray, valid: np.ndarray, grids: np.ndarray, vis_idx: np.ndarray
+        self, ids: np.ndarray, valid: np.ndarray, media: list[_Media], vis_idx: np.ndarray
     ) -> None:
-        """Number the image tokens of the batch in order, row by row."""
-        assert self.config.vision is not None
-        where = (ids == self.config.image_token_id) & valid
-        features = int(np.prod(grids, axis=1).sum()) // self.config.vision.merged
-        if where.sum() != features:
-            raise InvalidInputError(
-                f"input_ids hold {int(where.sum())} image tokens, but the images make {features}.",
-                field="input_ids",
-            )
-        vis_idx[where] = np.arange(features)
+        """Number the vision tokens in the order of the pack: all images, then all videos."""
+        c, first = self.config, 0
+        assert c.vision is not None
+        for one, token in zip(media, (c.image_token_id, c.video_token_id), strict=True):
+            where = (ids == token) & valid
+            features = sum(math.prod(grid) for grid in one.grids) // c.vision.merged
+            if where.sum() != features:
+                raise InvalidInputError(
+                    f"input_ids hold {int(where.sum())} {one.kind} tokens (placeholders), but the"
+                    f" {one.kind}s make {features}.",
+                    field="input_ids",
+                )
+            vis_idx[where] = first + np.arange(features)
+            first += features
+
+
+_ARGUMENTS = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+
+
+def _video_frames(
+    config: ModelConfig, grids: list[Grid], seconds: np.ndarray | None
+) -> list[tuple[Grid, float]]:
+    """The grids as they stand in the sequence, each with its time positions per frame."""
+    if seconds is not None and len(seconds) != len(grids):
+        raise InvalidInputError(
+            f"second_per_grid_ts has {len(seconds)} numbers for {len(grids)} videos.",
+            field="second_per_grid_ts",
+        )
+    if isinstance(config.vision, DeepStackVisionConfig):
+        # Each frame stands by itself behind its time in words.
+        return [((1, h, w), 1.0) for t, h, w in grids for _ in range(t)]
+    if isinstance(config.vision, WindowedVisionConfig):
+        each = [1.0] * len(grids) if seconds is None else [float(s) for s in seconds]
+        speed = config.vision.tokens_per_second
+        return [(grid, speed * s) for grid, s in zip(grids, each, strict=True)]
+    return [(grid, 1.0) for grid in grids]
+
+
+@dataclass(frozen=True)
+class _Media:
+    """All images, or all videos, of a batch."""
+
+    kind: str
+    grids: list[Grid]
+    patches: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -288,10 +383,6 @@ class _Inputs:
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.ids, self.valid, self.positions, self.vis_idx, self.pack
-
-
-def _grids(rows: np.ndarray) -> list[Grid]:
-    return [(int(t), int(h), int(w)) for t, h, w in rows]
 
 
 @jax.jit

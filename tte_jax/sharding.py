@@ -50,6 +50,7 @@ class Rules:
     H: tuple[str, ...] = ()
     C: tuple[str, ...] = ()
     P: tuple[str, ...] = ()
+    S: tuple[str, ...] = ()
     L: tuple[str, ...] = ()
     B: tuple[str, ...] = ("data", "fsdp")
 

@@ -17,10 +17,16 @@ import pytest
 import torch
 from transformers import (
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 VOCAB = 160
@@ -56,9 +62,9 @@ class Checkpoint:
 
     def _inputs(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         inputs: dict[str, Any] = {k: torch.from_numpy(v) for k, v in batch.items()}
-        if "pixel_values" in inputs:
+        if "pixel_values" in inputs or "pixel_values_videos" in inputs:
             ids = inputs["input_ids"]
-            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         return inputs
 
 
@@ -136,6 +142,91 @@ def qwen3(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
     return enliven(Qwen3ForCausalLM(config), seed)
 
 
+def qwen2(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=tied,
+        bos_token_id=PAD,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return enliven(Qwen2ForCausalLM(config), seed)
+
+
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": PAD,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "out_hidden_size": 64,
+    "num_heads": 3,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+
+
+def qwen2_5_vl(*, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+    # Windows of 2 x 2 merged patches, so that images of 3 have a cut window; one full block.
+    vision = {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 3}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={**VISION, **vision},
+        tie_word_embeddings=tied,
+        **TOKENS,
+    )
+    return enliven(Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
+def qwen3_vl(*, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+    # A position table of 5 x 5: no frame of the tests falls on its points only.
+    vision = {"depth": 3, "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]}
+    config = Qwen3VLConfig(
+        text_config={
+            **TEXT,
+            "head_dim": 32,
+            "rope_parameters": {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        },
+        vision_config={**VISION, **vision},
+        tie_word_embeddings=tied,
+        **TOKENS,
+    )
+    return enliven(Qwen3VLForConditionalGeneration(config), seed)
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen2": qwen2,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3": qwen3,
+    "qwen3_vl": qwen3_vl,
+}
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     """Build and save once per kind: `saved("qwen2_vl", tied=True)`."""
@@ -143,7 +234,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]
 
     def get(family: str, *, tied: bool) -> Checkpoint:
         if (family, tied) not in made:
-            model = {"qwen2_vl": qwen2_vl, "qwen3": qwen3}[family](tied=tied)
+            model = FAMILIES[family](tied=tied)
             path = tmp_path_factory.mktemp(family)
             model.save_pretrained(path)
             made[family, tied] = Checkpoint(path, model)
@@ -190,6 +281,41 @@ def images_batch(side: str, seed: int = 1, *, end_with_text: bool = True) -> dic
         "pixel_values": np.concatenate([patches for patches, _ in images]),
         "image_grid_thw": np.array(grids, np.int64),
     }
+
+
+def videos_batch(family: str, side: str, seed: int = 3) -> dict[str, np.ndarray]:
+    """Three rows: a video between images, text only, two videos of unequal speed."""
+    rng = np.random.default_rng(seed)
+    images, videos = [[1, 4, 6], [1, 2, 2]], [[3, 4, 2], [2, 2, 6], [2, 6, 4]]
+    pictures = [picture(rng, h, w) for _, h, w in images]
+    films = [film(rng, family, t, h, w) for t, h, w in videos]
+    rows = [
+        text_row(rng, 2) + pictures[0][1] + text_row(rng, 1) + films[0][1] + pictures[1][1] + [7],
+        text_row(rng, 5),
+        films[1][1] + text_row(rng, 2) + films[2][1] + text_row(rng, 2),
+    ]
+    batch = {
+        **padded(rows, side),
+        "pixel_values": np.concatenate([patches for patches, _ in pictures]),
+        "image_grid_thw": np.array(images, np.int64),
+        "pixel_values_videos": np.concatenate([patches for patches, _ in films]),
+        "video_grid_thw": np.array(videos, np.int64),
+    }
+    if family == "qwen2_5_vl":
+        batch["second_per_grid_ts"] = np.array([0.5, 1.3, 2.0], np.float32)
+    return batch
+
+
+def film(
+    rng: np.random.Generator, family: str, frames: int, rows: int, columns: int
+) -> tuple[np.ndarray, list[int]]:
+    """Patches of a random video and its tokens; Qwen3-VL has every frame behind its time."""
+    patches = rng.standard_normal((frames * rows * columns, PATCH_VALUES)).astype(np.float32)
+    frame = [VIDEO] * (rows * columns // 4)
+    if family == "qwen3_vl":
+        tokens = [[20 + i, VISION_START, *frame, VISION_END] for i in range(frames)]
+        return patches, sum(tokens, [])
+    return patches, [VISION_START, *frame * frames, VISION_END]
 
 
 def text_batch(side: str, seed: int = 2) -> dict[str, np.ndarray]:

@@ -225,7 +225,7 @@ def test_what_would_be_computed_wrongly_is_refused(
         tte_jax.load_model(path)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_vl"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_export_is_read_by_the_reference(
     saved: Callable[..., Checkpoint], tmp_path: Path, family: str, tied: bool
@@ -235,7 +235,7 @@ def test_export_is_read_by_the_reference(
     hf.export(model.module, tmp_path)
     shutil.copy(checkpoint.path / "config.json", tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
-    kind = Qwen2VLForConditionalGeneration if family == "qwen2_vl" else AutoModelForCausalLM
+    kind = type(checkpoint.model)
     again, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before = dict(checkpoint.model.named_parameters())

@@ -25,6 +25,7 @@ from tests.models.conftest import (
     picture,
     text_batch,
     text_row,
+    videos_batch,
 )
 from tte_jax.errors import InvalidInputError
 from tte_jax.models.multimodal import MultimodalLM
@@ -33,7 +34,8 @@ from tte_jax.preprocess.patches import Grid
 from tte_jax.preprocess.positions import text_positions
 from tte_jax.preprocess.vision_plan import plan_vision
 
-KINDS = [("qwen2_vl", True), ("qwen2_vl", False), ("qwen3", True), ("qwen3", False)]
+MULTIMODAL = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+KINDS = [(family, tied) for family in ["qwen2", *MULTIMODAL, "qwen3"] for tied in (True, False)]
 Batch = dict[str, np.ndarray]
 
 
@@ -74,31 +76,45 @@ def test_text_forward(loaded, family: str, tied: bool, side: str) -> None:
     assert_equal_answers(*loaded(family, tied), text_batch(side))
 
 
+@pytest.mark.parametrize("family", MULTIMODAL)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_images_forward(loaded, tied: bool, side: str) -> None:
+def test_images_forward(loaded, family: str, tied: bool, side: str) -> None:
     batch = images_batch(side)
     shapes = {tuple(g[1:]) for g in batch["image_grid_thw"].tolist()}
     assert len(shapes) == 4 and any(h != w for h, w in shapes)
-    assert_equal_answers(*loaded("qwen2_vl", tied), batch)
+    assert_equal_answers(*loaded(family, tied), batch)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_videos_forward(loaded, family: str, side: str) -> None:
+    assert_equal_answers(*loaded(family, True), videos_batch(family, side))
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_greedy_videos(loaded, family: str) -> None:
+    checkpoint, model = loaded(family, True)
+    assert_equal_continuations(checkpoint, model, videos_batch(family, "left"))
 
 
 PACK = 128  # one padded length for all vision tests, so that the tower is compiled once
 
 
 @jax.jit
-def tower(module: MultimodalLM, patches: Any, hw: Any, segments: Any) -> jax.Array:
-    return module.encode_images(patches, hw, segments)
+def tower(module: MultimodalLM, patches: Any, *plan: Any) -> jax.Array:
+    return module.encode_images(patches, *plan)
 
 
 def encode(
     model: tte_jax.Model, patches: np.ndarray, grids: list[Grid], pads: np.ndarray | None = None
 ) -> np.ndarray:
     """Features of the images of one pack, without those of its padding."""
-    plan = plan_vision(grids, merge_size=2, bucket=PACK)
+    assert model.config.vision is not None
+    plan = plan_vision(grids, bucket=PACK, **model.config.vision.plan)
     pack = np.zeros((PACK, PATCH_VALUES), np.float32) if pads is None else pads.copy()
     pack[: plan.n] = patches
-    features = tower(model.module, pack[None], plan.hw[None], plan.segments[None])
+    features = tower(model.module, pack[None], *(x[None] for x in plan.arrays))
     return np.asarray(features)[: plan.n // 4]
 
 
@@ -176,9 +192,10 @@ def test_greedy_stops(loaded) -> None:
         assert not row[end:].any()  # PAD is 0
 
 
+@pytest.mark.parametrize("family", MULTIMODAL)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_garbage_in_pads_changes_nothing(loaded, side: str) -> None:
-    _, model = loaded("qwen2_vl", True)
+def test_garbage_in_pads_changes_nothing(loaded, family: str, side: str) -> None:
+    _, model = loaded(family, True)
     batch = images_batch(side)
     real = batch["attention_mask"] > 0
     clean = model(**batch)
@@ -190,8 +207,9 @@ def test_garbage_in_pads_changes_nothing(loaded, side: str) -> None:
     assert np.isfinite(clean.logits).all()
 
 
-def test_garbage_in_vision_pads_changes_nothing(loaded) -> None:
-    _, model = loaded("qwen2_vl", True)
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_garbage_in_vision_pads_changes_nothing(loaded, family: str) -> None:
+    _, model = loaded(family, True)
     batch = images_batch("right")
     grids = [tuple(g) for g in batch["image_grid_thw"].tolist()]
     clean = encode(model, batch["pixel_values"], grids)
@@ -199,6 +217,20 @@ def test_garbage_in_vision_pads_changes_nothing(loaded) -> None:
     dirty = encode(model, batch["pixel_values"], grids, pads=noise.astype(np.float32))
     np.testing.assert_array_equal(dirty, clean)
     assert np.isfinite(clean).all()
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_order_in_the_pack_changes_nothing(loaded, family: str) -> None:
+    _, model = loaded(family, True)
+    batch = images_batch("right")
+    grids: list[Grid] = [(t, h, w) for t, h, w in batch["image_grid_thw"].tolist()]
+    sizes = [h * w for _, h, w in grids]
+    images = np.split(batch["pixel_values"], np.cumsum(sizes)[:-1])
+    straight = np.split(encode(model, np.concatenate(images), grids), np.cumsum(sizes)[:-1] // 4)
+    order = [2, 0, 3, 1]
+    turned = encode(model, np.concatenate([images[i] for i in order]), [grids[i] for i in order])
+    expected = np.concatenate([straight[i] for i in order])
+    np.testing.assert_allclose(turned, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_packed_vision_is_unpacked_vision(loaded) -> None:

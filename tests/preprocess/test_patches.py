@@ -41,6 +41,27 @@ def test_bit_for_bit_as_the_reference(width: int, height: int) -> None:
     assert config.tokens(grid) * 4 == len(patches)
 
 
+@pytest.mark.parametrize(("width", "height"), [(20, 20), (333, 61), (700, 900)])
+def test_bit_for_bit_with_the_values_of_qwen3_vl(tmp_path: Path, width: int, height: int) -> None:
+    """The published file of Qwen3-VL, its limits made smaller."""
+    raw = {
+        "size": {"longest_edge": 400 * 1024, "shortest_edge": 4 * 1024},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
+    reference = Qwen2VLImageProcessorPil.from_pretrained(str(tmp_path))
+    expected = reference(images=[image(width, height)], return_tensors="np")
+    patches, grid = patchify(image(width, height), ImageConfig.from_dir(tmp_path))
+    assert grid == tuple(expected["image_grid_thw"][0].tolist())
+    np.testing.assert_array_equal(patches, expected["pixel_values"])
+
+
 def test_other_sizes_and_statistics() -> None:
     settings = {
         "patch_size": 8,

@@ -276,7 +276,7 @@ def test_unfit_inputs(mini: PromptSet, item: ReasonItem, message: str) -> None:
 
 def test_media_that_cannot_be_read(mini: PromptSet, tokenizer: Tokenizer) -> None:
     video = Content((Media(b"x", MediaKind.VIDEO),))
-    with pytest.raises(UnsupportedError, match="video"):
+    with pytest.raises(UnsupportedError, match="no video"):  # without a video processor
         mini.reason(ReasonItem(video, QUERY))
     with pytest.raises(UnsupportedError, match="text only"):
         PromptSet("full", tokenizer).reason(ReasonItem(Content.of("", png()), QUERY))

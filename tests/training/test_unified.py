@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.training.drawings import emoji_data
 from training import builtin, export
-from training.pairs import FEATURES, Batch, Mix, PairSource
+from training.pairs import FEATURES, Batch, Mix, PairSource, lookalikes
+from training.sampling import image_table
 from training.unified import contrast, run, see
 from tte_jax.builtin.models import REASONER, path_of
 from tte_jax.content import Content, Side
@@ -34,7 +35,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def source(tokenizer: Tokenizer) -> PairSource:
-    return PairSource(emoji_data(), tokenizer, builtin.IMAGES, seed=3)
+    data = emoji_data()
+    count = len(image_table(data).concepts)
+    prototypes = np.random.default_rng(0).standard_normal((count, 8))
+    return PairSource(data, tokenizer, builtin.IMAGES, prototypes=prototypes, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_wrong_reasonings_are_shown_but_not_learnt(
     source: PairSource, batch: Batch, tokenizer: Tokenizer
 ) -> None:
     concepts = emoji_data().concepts
-    group = batch.documents
+    group = batch.seen
     learnt = group.weights.any(1)
     assert learnt.any() and not learnt.all()
     for row, concept in enumerate(batch.concepts):
@@ -76,6 +80,15 @@ def test_wrong_reasonings_are_shown_but_not_learnt(
         assert (shown == truth) == bool(learnt[row])
         told = group.targets[row, : int(group.weights[row].sum())].tolist()
         assert not learnt[row] or tokenizer.decode(told) == truth
+
+
+def test_lookalikes_are_the_nearest_of_other_families() -> None:
+    angles = np.linspace(0, np.pi, 12)
+    prototypes = np.stack([np.cos(angles), np.sin(angles)], 1)
+    found = lookalikes(prototypes - prototypes.mean(0), np.arange(12) // 2)
+    assert found.shape == (12, 8)
+    assert found[0, 0] == 2 and found[11, 0] == 9  # neighbours 1 and 10 are of the same family
+    assert all(i // 2 not in found[i] // 2 for i in range(12))
 
 
 def test_both_endings_equal_what_the_embedder_serves(

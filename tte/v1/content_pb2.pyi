@@ -133,11 +133,11 @@ class Part(_message.Message):
 
     @_builtins.property
     def video(self) -> Global___Video:
-        """A video. Not served yet; see `Video`."""
+        """A video."""
 
     @_builtins.property
     def page(self) -> Global___Page:
-        """One page of a PDF. Not served yet; see `Page`."""
+        """One page of a PDF."""
 
     def __init__(
         self,
@@ -183,15 +183,18 @@ Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
 class Video(_message.Message):
-    """An encoded video. The index stores it, but no model of this version reads it: requests that would
-    need one to are UNIMPLEMENTED with reason UNSUPPORTED_MEDIA.
+    """An encoded video. A model sees frames of it, sampled over its whole length; how many and how large
+    follows from the model's processor and from what it is served with. A text model, and one without
+    a video processor, answers UNIMPLEMENTED.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The file's bytes (MP4, WebM, ...)."""
+    """The file's bytes: MP4, MOV, WebM, Matroska, AVI, MPEG, Ogg, FLV or GIF; frames of at most 50
+    megapixels, at most 216,000 of them. Sound is ignored.
+    """
     def __init__(
         self,
         *,
@@ -207,7 +210,9 @@ Global___Video: _TypeAlias = Video  # noqa: Y015
 
 @_typing.final
 class Page(_message.Message):
-    """One page of a PDF. As `Video`, it is stored but not read yet: UNIMPLEMENTED."""
+    """One page of a PDF, drawn at 144 dots per inch (a large sheet at fewer, 16 megapixels at most) and
+    read as an image. Encrypted documents are INVALID_ARGUMENT.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

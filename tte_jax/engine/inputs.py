@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tte_jax.errors import InternalError, UnsupportedError
-from tte_jax.models.config import ModelConfig
+from tte_jax.models.config import ModelConfig, WindowedVisionConfig
 from tte_jax.preprocess.patches import Grid
 from tte_jax.preprocess.positions import mrope_positions, text_positions
 from tte_jax.preprocess.template import Prompt
@@ -67,12 +67,18 @@ def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> Model
             ids, text_positions(len(ids), start), start + len(ids), (), np.zeros(len(ids), bool)
         )
     video = -1 if config.video_token_id is None else config.video_token_id
+    intervals = None
+    if isinstance(config.vision, WindowedVisionConfig) and prompt.seconds:
+        intervals = [config.vision.tokens_per_second * s if s else 1.0 for s in prompt.seconds]
     positions, next_pos = mrope_positions(
         ids,
         [image.grid for image in images],
         image_token_id=config.image_token_id,
         video_token_id=video,
         merge_size=config.vision.merge_size,
+        vision_start_token_id=config.vision_start_token_id,
+        require_vision_start=prompt.plain_positions,
+        intervals=intervals,
     )
     is_media = (ids == config.image_token_id) | (ids == video)
     return ModelInput(ids, positions + start, next_pos + start, images, is_media)

@@ -94,11 +94,10 @@ class Stops:
 def encode_images(
     model: MultimodalLM,
     patches: Float[Array, "G P C"],
-    hw: Int[Array, "G P 2"],
-    segments: Int[Array, "G P"],
-) -> Float[Array, "V D"]:
+    *plan: Array,
+) -> Float[Array, "V W"]:
     """Vision features of G packs, one row per merged patch, padding included."""
-    return model.encode_images(patches, hw, segments)
+    return model.encode_images(patches, *plan)
 
 
 def embed(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from tte_jax.content import Media
-from tte_jax.engine.buckets import FULL, MINI, Buckets
+from tte_jax.engine.buckets import FULL, MINI, Buckets, longest
 from tte_jax.engine.cache import ByteLru
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
-from tte_jax.preprocess.prompts import PromptSet
-from tte_jax.preprocess.template import LoadMedia, Patches
+from tte_jax.preprocess.media import LoadMedia, Patches, media_key, media_loader, patches_bytes
+from tte_jax.preprocess.prompts import PromptSet, prompts_name
+from tte_jax.preprocess.video import VideoPatches
 from tte_jax.weights import hf
 
 ROLES = ("reasoner", "embedder", "reranker")
@@ -84,7 +85,9 @@ def open_model(
     spec = _read_spec(path)
     _check_role(path, spec, role)
     config = model_config(path)
-    if role == "reranker" and config.vision is not None:
+    # A reranker whose format is published may read images otherwise; here it compares texts.
+    texts_only = config.vision is not None and prompts_name(path) != "qwen3_vl_reranker"
+    if role == "reranker" and texts_only:
         raise PreconditionError(
             f"{path} holds a {config.model_type} model, which reads images; the reranker compares "
             "texts and needs a text family such as qwen3",
@@ -92,11 +95,15 @@ def open_model(
             model_type=config.model_type,
         )
     prompts = PromptSet.from_dir(path)
-    if prompts.load is not None:
-        prompts.load = cached_media(prompts.load)
     ladder = buckets or (MINI if prompts.name == "mini" else FULL)
     if buckets is None and "buckets" in spec:
         ladder = ladder.replace(spec["buckets"])
+    if prompts.image_config is not None:
+        # A video is made to fit the largest row of patches, whatever its length.
+        video = prompts.video_config
+        if video is not None and not video.max_patches and ladder.images:
+            video = replace(video, max_patches=longest(ladder.images))
+        prompts.load = cached_media(media_loader(prompts.image_config, video))
     name = str(spec.get("name") or path.name)
     return ServedModel(
         directory=path,
@@ -112,10 +119,10 @@ def open_model(
 
 def cached_media(load: LoadMedia, *, max_bytes: int = 64 * 2**20) -> LoadMedia:
     """`load` that keeps the newest results: one query's image passes here once per stage."""
-    cache: ByteLru[Patches] = ByteLru(max_bytes, lambda value: value[0].nbytes)
+    cache: ByteLru[Patches | VideoPatches] = ByteLru(max_bytes, patches_bytes)
 
-    def cached(media: Media, field: str) -> Patches:
-        key = (media.sha256, media.kind, media.page)
+    def cached(media: Media, field: str) -> Patches | VideoPatches:
+        key = media_key(media)
         value = cache.get(key)
         if value is None:
             value = load(media, field)
@@ -134,6 +141,8 @@ def fingerprint(directory: Path, prompts: str) -> str:
         "tte.json",
         "tokenizer.json",
         "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
     ):
         file = directory / name
         if file.is_file():

@@ -191,7 +191,7 @@ class DecodeLoop:
     def _declare(self, stops: Stops) -> None:
         b = self._buckets
         state = jax.eval_shape(self._empty_state)
-        width = self._model.config.text.hidden_size
+        width = self._model.config.feature_size
 
         def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype)
@@ -311,7 +311,7 @@ class DecodeLoop:
             cached = [
                 sum(len(features[i.key]) for i in one.images if i.key in known) for one in inputs
             ]
-            width = self._model.config.text.hidden_size
+            width = self._model.config.feature_size
             vis, vis_idx = place_features(inputs, shape, features, width=width, dtype=self._dtype)
         where = np.full(rows, self._buckets.slots, np.int32)  # out of range: written nowhere
         where[: len(slots)] = slots

@@ -73,8 +73,10 @@ class VisionEncoder:
                 (g, p),
                 programs.encode_images,
                 jax.ShapeDtypeStruct((g, p, config.patch_values), jnp.float32),
-                jax.ShapeDtypeStruct((g, p, 2), jnp.int32),
-                jax.ShapeDtypeStruct((g, p), jnp.int32),
+                *(
+                    jax.ShapeDtypeStruct((g, *x.shape), x.dtype)
+                    for x in plan_vision([], bucket=p, **config.plan).arrays
+                ),
             )
 
     @property
@@ -119,15 +121,16 @@ class VisionEncoder:
         g, p = shape
         merged = self._config.merged
         patches = np.zeros((g, p, self._config.patch_values), np.float32)
-        hw = np.zeros((g, p, 2), np.int32)
-        segments = np.zeros((g, p), np.int32)
+        plans = [
+            plan_vision([i.grid for i in pack.images], bucket=p, **self._config.plan)
+            for pack in packs
+        ]
+        empty = plan_vision([], bucket=p, **self._config.plan)
+        plans += [empty] * (g - len(packs))
+        plan = [np.stack(rows) for rows in zip(*(one.arrays for one in plans), strict=True)]
         for row, pack in enumerate(packs):
-            plan = plan_vision(
-                [i.grid for i in pack.images], merge_size=self._config.merge_size, bucket=p
-            )
-            hw[row], segments[row] = plan.hw, plan.segments
             patches[row, : pack.used] = np.concatenate([i.patches for i in pack.images])
-        out = np.asarray(self._table.run("encode_images", shape, patches, hw, segments))
+        out = np.asarray(self._table.run("encode_images", shape, patches, *plan))
         out = out.reshape(g, p // merged, -1)
         for row, pack in enumerate(packs):
             at = 0

@@ -67,6 +67,63 @@ class VisionConfig:
         """M: patches per vision token."""
         return self.merge_size**2
 
+    @property
+    def inner(self) -> int:
+        """F: width of the blocks' MLP (rounded: the ratio may be a quotient of two widths)."""
+        return round(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def feature_size(self) -> int:
+        """Values in one row of vision features, as the text decoder takes them."""
+        return self.out_size
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """What `plan_vision` must know of the tower."""
+        return {"merge_size": self.merge_size}
+
+
+@dataclass(frozen=True)
+class WindowedVisionConfig(VisionConfig):
+    """The Qwen2.5-VL vision tower.
+
+    Attributes:
+      window_size: side of an attention window, pixels.
+      full_blocks: the blocks that attend to their whole frame.
+      tokens_per_second: time positions per second of video.
+    """
+
+    window_size: int
+    full_blocks: tuple[int, ...]
+    tokens_per_second: float
+
+    @property
+    def plan(self) -> dict[str, int]:
+        # The reference divides in this order; a window is a whole number of merge blocks.
+        blocks = self.window_size // self.merge_size // self.patch_size
+        return {"merge_size": self.merge_size, "window": blocks * self.merge_size}
+
+
+@dataclass(frozen=True)
+class DeepStackVisionConfig(VisionConfig):
+    """The Qwen3-VL vision tower.
+
+    Attributes:
+      table_side: the learned position table has this many rows and columns.
+      deepstack_blocks: the blocks whose output is merged and added after text layers 0, 1, ...
+    """
+
+    table_side: int
+    deepstack_blocks: tuple[int, ...]
+
+    @property
+    def feature_size(self) -> int:
+        return self.out_size * (1 + len(self.deepstack_blocks))
+
+    @property
+    def plan(self) -> dict[str, int]:
+        return {"merge_size": self.merge_size, "table_side": self.table_side}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -80,6 +137,11 @@ class ModelConfig:
     vision_start_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+
+    @property
+    def feature_size(self) -> int:
+        """W: values in one row of the table of vision features."""
+        return self.text.hidden_size if self.vision is None else self.vision.feature_size
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -117,9 +179,21 @@ def eos_ids(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tup
 
 
 def text_config(
-    raw: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, sections: bool, tied: bool
+    raw: Mapping[str, Any],
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    sections: bool,
+    tied: bool,
+    interleaved: bool = False,
 ) -> TextConfig:
-    """Parse the text part. `sections` says whether the family uses M-RoPE sections."""
+    """Parse the text part.
+
+    Args:
+      sections: the family uses M-RoPE sections.
+      interleaved: time, height and width take turns over the frequencies (Qwen3-VL) instead of
+        standing one after another.
+    """
     need = _Reader(raw, "text configuration")
     heads = need("num_attention_heads")
     hidden = need("hidden_size")
@@ -147,6 +221,13 @@ def text_config(
                 reason="MODEL_CONFIG_INVALID",
             )
         axes = tuple(axis for axis, n in enumerate(lengths) for _ in range(n))
+        if interleaved:
+            turns = [0] * (head_dim // 2)  # THWTHW...TT: what is left over goes to time
+            for axis in (1, 2):
+                turns[axis : 3 * lengths[axis] : 3] = [axis] * len(
+                    turns[axis : 3 * lengths[axis] : 3]
+                )
+            axes = tuple(turns)
     else:
         axes = (0,) * (head_dim // 2)
     if raw.get("hidden_act", "silu") != "silu":

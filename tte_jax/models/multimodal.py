@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tte_jax.models.config import ModelConfig
+from tte_jax.models.config import (
+    DeepStackVisionConfig,
+    ModelConfig,
+    VisionConfig,
+    WindowedVisionConfig,
+)
 from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
+from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
+from tte_jax.models.vision_qwen3 import DeepStackVisionTower
 from tte_jax.nn.linear import lookup
+
+TOWERS: dict[type[VisionConfig], Any] = {
+    VisionConfig: VisionTower,
+    WindowedVisionConfig: WindowedVisionTower,
+    DeepStackVisionConfig: DeepStackVisionTower,
+}
 
 
 class MultimodalLM(nnx.Module):
@@ -21,18 +36,21 @@ class MultimodalLM(nnx.Module):
         self.config = config
         self.text = TextDecoder(config.text, rngs=rngs, dtype=dtype)
         if config.vision is not None:
-            self.visual = VisionTower(config.vision, rngs=rngs, dtype=dtype)
+            self.visual = TOWERS[type(config.vision)](config.vision, rngs=rngs, dtype=dtype)
 
     def encode_images(
         self,
         patches: Float[Array, "G P C"],
-        hw: Int[Array, "G P 2"],
-        segments: Int[Array, "G P"],
-        *,
+        *plan: Array,
         remat: bool = False,
-    ) -> Float[Array, "V D"]:
-        """Vision features of G packs as one flat table, V = G * P / M."""
-        out = self.visual(patches, hw, segments, remat=remat)
+        unroll: bool = False,
+    ) -> Float[Array, "V W"]:
+        """Vision features of G packs as one flat table, V = G * P / M.
+
+        Args:
+          plan: the arrays of `VisionPlan`, stacked over G; which ones depends on the tower.
+        """
+        out = self.visual(patches, *plan, remat=remat, unroll=unroll)
         return out.reshape(-1, out.shape[-1])
 
     def forward(
@@ -41,11 +59,12 @@ class MultimodalLM(nnx.Module):
         *,
         valid: Bool[Array, "B T"],
         positions: Int[Array, "B 3 T"],
-        vis: Float[Array, "V D"] | None = None,
+        vis: Float[Array, "V W"] | None = None,
         vis_idx: Int[Array, "B T"] | None = None,
         prefix: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         remat: bool = False,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states after the final norm, and the new keys and values [L B T K H].
 
@@ -53,17 +72,32 @@ class MultimodalLM(nnx.Module):
           ids: token ids; at vision tokens the id is ignored.
           valid: False at padding.
           positions: int32 position rows (time, height, width).
-          vis: table of vision features, or None for text only.
+          vis: table of vision features, or None for text only; behind the D values of the
+            embedding come those that DeepStack adds, D for each of the first text layers.
           vis_idx: row of `vis` for each token, -1 at text.
           prefix: cache of earlier tokens.
           mask: which new token sees which; None = causal over the valid ones.
           remat: trade compute for memory in the backward pass.
+          unroll: compile every layer apart; a backward pass on CPU is a sixth faster.
         """
-        x = self.text.embed(ids)
+        x, deep = self.text.embed(ids), None
         if vis is not None and vis_idx is not None:
             features = lookup(vis, jnp.maximum(vis_idx, 0)).astype(x.dtype)
-            x = jnp.where((vis_idx >= 0)[..., None], features, x)
-        return self.text(x, positions=positions, valid=valid, prefix=prefix, mask=mask, remat=remat)
+            here, width = (vis_idx >= 0)[..., None], x.shape[-1]
+            x = jnp.where(here, features[..., :width], x)
+            if vis.shape[-1] > width:
+                rest = jnp.where(here, features[..., width:], 0)
+                deep = jnp.moveaxis(rest.reshape(*x.shape[:2], -1, width), 2, 0)
+        return self.text(
+            x,
+            positions=positions,
+            valid=valid,
+            prefix=prefix,
+            mask=mask,
+            deep=deep,
+            remat=remat,
+            unroll=unroll,
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""

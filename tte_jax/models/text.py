@@ -101,7 +101,9 @@ class TextDecoder(nnx.Module):
         valid: Bool[Array, "B T"],
         prefix: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
+        deep: Float[Array, "K B T D"] | None = None,
         remat: bool = False,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Run all layers, causally.
 
@@ -111,7 +113,9 @@ class TextDecoder(nnx.Module):
           valid: False at padding, which may stand on either side or anywhere between.
           prefix: earlier tokens that every new token may look at.
           mask: which new token sees which; None = causal over the valid ones.
+          deep: what is added after each of the first K layers (DeepStack; 0 at text).
           remat: recompute layers in the backward pass instead of keeping their activations.
+          unroll: compile every layer apart; a backward pass on CPU is a sixth faster.
 
         Returns:
           Hidden states after the final norm, and the new keys and values, each [L B T K H]
@@ -127,7 +131,7 @@ class TextDecoder(nnx.Module):
             prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]
 
         def layer(x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
-            w, earlier = scanned
+            w, earlier, index = scanned
             h = rms_norm(x, w["attn_norm_d"], c.rms_eps)
             q = project("btd,dnh->btnh", h, w["q_dnh"])
             k = project("btd,dkh->btkh", h, w["k_dkh"])
@@ -144,11 +148,16 @@ class TextDecoder(nnx.Module):
             h = rms_norm(x, w["mlp_norm_d"], c.rms_eps)
             gate = jax.nn.silu(project("btd,df->btf", h, w["gate_df"]))
             inner = gate * project("btd,df->btf", h, w["up_df"])
-            return x + project("btf,fd->btd", inner, w["down_fd"]), (k, v)
+            x = x + project("btf,fd->btd", inner, w["down_fd"])
+            if deep is not None:
+                more = jax.lax.dynamic_index_in_dim(deep, index, keepdims=False)
+                x = x + jnp.where(index < len(deep), more, 0)
+            return x, (k, v)
 
         body = jax.checkpoint(layer) if remat else layer
         earlier = None if prefix is None else (prefix.k, prefix.v)
-        x, kv = jax.lax.scan(body, x, (self.layers.weights(), earlier))
+        index = None if deep is None else jnp.arange(c.layers)
+        x, kv = jax.lax.scan(body, x, (self.layers.weights(), earlier, index), unroll=unroll)
         return rms_norm(x, self.norm_d[...], c.rms_eps), kv
 
     def head(self) -> Float[Array, "D V"]:

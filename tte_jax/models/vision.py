@@ -23,12 +23,29 @@ LAYER_NORM_EPS = 1e-6  # fixed in the reference implementation, not configurable
 ROTARY_THETA = 10_000.0
 
 
+def vision_rotary(hw: Int[Array, "G P 2"], head: int) -> tuple[Array, Array]:
+    """Cosine and sine over (row, column) of each patch, as all towers here turn their heads."""
+    inverse = frequencies(head // 2, ROTARY_THETA)
+    axes = (0,) * len(inverse) + (1,) * len(inverse)
+    return rotary_tables(jnp.swapaxes(hw, 1, 2), axes, np.tile(inverse, 2))
+
+
+def vision_attention(
+    h: Float[Array, "G P E"], w: dict[str, Array], cos: Array, sin: Array, mask: Array
+) -> Float[Array, "G P E"]:
+    """Self-attention of one block on normed states; `mask` [G P P] says who sees whom."""
+    qkv = project("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
+    return project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
+
+
 class VisionBlocks(nnx.Module):
     """The stacked blocks' weights, each with a leading L axis."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         n, e = config.depth, config.embed_dim
-        inner = int(e * config.mlp_ratio)
+        inner = config.inner
         head = e // config.heads
 
         def normal(*shape: int, scale: float = 0.02) -> nnx.Param:
@@ -98,18 +115,12 @@ class VisionTower(nnx.Module):
         c = self.config
         patches = patches.astype(self.merge_norm_e[...].dtype)
         x = project("gpc,ce->gpe", patches, self.patch_ce[...])
-        head = c.embed_dim // c.heads
-        inverse = frequencies(head // 2, ROTARY_THETA)
-        axes = (0,) * len(inverse) + (1,) * len(inverse)
-        cos, sin = rotary_tables(jnp.swapaxes(hw, 1, 2), axes, np.tile(inverse, 2))
+        cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         mask = segments[:, :, None] == segments[:, None, :]
 
         def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
-            qkv = project("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
-            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-            out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
-            x = x + project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
+            x = x + vision_attention(h, w, cos, sin, mask)
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
             h = project("gpe,ef->gpf", h, w["fc1_ef"]) + w["fc1_bias_f"]
             h = h * jax.nn.sigmoid(1.702 * h)  # quick GELU

@@ -40,7 +40,10 @@ class Int8Weight:
     def T(self) -> Int8Weight:
         return Int8Weight(self.q.T, self.scale.T)
 
-    def __getitem__(self, index: Any) -> Array:
+    def __getitem__(self, index: Any) -> Any:
+        """Float values of a part; `[...]`, with which models read their parameters, is itself."""
+        if index is ...:
+            return self
         return self.q[index].astype(jnp.float32) * jnp.broadcast_to(self.scale, self.shape)[index]
 
 
@@ -66,7 +69,7 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
     return _einsum(subscripts, x, w, dtype)
 
 
-def lookup(table: Weight, rows: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def lookup(table: Weight, rows: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows of a table [V D], sharded as `rows`; a row beyond the table is NaN."""
     sharding = _row_sharding(rows)
     if isinstance(table, Int8Weight):

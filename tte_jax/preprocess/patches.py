@@ -1,4 +1,8 @@
-"""RGB image to flattened patches, bit for bit as the reference PIL processor of Qwen2-VL does."""
+"""RGB image to flattened patches, bit for bit as the reference's PIL processor does.
+
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL share that processor; they differ in the values of their files
+(Qwen3-VL: patches of 16, mean and deviation 0.5, other limits).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +70,7 @@ class ImageConfig:
                 "(save the processor beside the weights)",
                 reason="PROCESSOR_NOT_FOUND",
             )
-        _check_steps(raw, str(path))
+        check_steps(raw, str(path))
         size: dict[str, Any] = raw.get("size") or {}
         low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
@@ -76,8 +80,8 @@ class ImageConfig:
             merge_size=raw.get("merge_size", cls.merge_size),
             min_pixels=low or cls.min_pixels,
             max_pixels=high or cls.max_pixels,
-            mean=_per_channel(raw, "image_mean", cls.mean),
-            std=_per_channel(raw, "image_std", cls.std),
+            mean=per_channel(raw, "image_mean", cls.mean),
+            std=per_channel(raw, "image_std", cls.std),
         )
 
     @property
@@ -140,15 +144,23 @@ def patchify(
         height, width, p * m, config.min_pixels, config.max_pixels, field=field
     )
     resized = image.convert("RGB").resize((new_width, new_height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized).transpose(2, 0, 1)
     table = _normalised_levels(config.mean, config.std)
     rows, columns = new_height // p, new_width // p
-    blocks = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
+    blocks = cut_blocks(np.asarray(resized), p, m)
     # Cut the bytes first, then look each channel up: four times less memory to move around.
     patches = np.empty((*blocks.shape[:5], frames, p, p), np.float32)
     for channel in range(3):
         patches[:, :, :, :, channel] = table[channel][blocks[:, :, :, :, channel]][..., None, :, :]
     return patches.reshape(rows * columns, config.patch_dim), (1, rows, columns)
+
+
+def cut_blocks(pixels: np.ndarray, p: int, m: int) -> np.ndarray:
+    """[H, W, C] to [H/pm, W/pm, m, m, C, p, p], a view: merge blocks of patches."""
+    height, width, channels = pixels.shape
+    cut = pixels.transpose(2, 0, 1).reshape(
+        channels, height // (p * m), m, p, width // (p * m), m, p
+    )
+    return cut.transpose(1, 4, 2, 5, 0, 3, 6)
 
 
 @lru_cache(maxsize=8)
@@ -161,9 +173,14 @@ def _normalised_levels(
     return (level[None] - m[:, None]) / s[:, None]
 
 
-def _per_channel(
+def per_channel(
     raw: dict[str, Any], key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
+    """Three values of a processor's file.
+
+    Raises:
+      UnsupportedError: there are not three.
+    """
     values = raw.get(key) or default
     if len(values) != 3:
         raise UnsupportedError(
@@ -172,7 +189,12 @@ def _per_channel(
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def _check_steps(raw: dict[str, Any], path: str) -> None:
+def check_steps(raw: dict[str, Any], path: str) -> None:
+    """Refuses a processor's file with other steps than resize, rescale and normalise.
+
+    Raises:
+      UnsupportedError: names every value that differs.
+    """
     expected = {
         "do_resize": True,
         "do_rescale": True,

@@ -5,26 +5,29 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tte_jax.content import NO_REASONING, Content, Media, Reasoning, Side, Task
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.preprocess import prompts_full, prompts_mini
 from tte_jax.preprocess.ecr import END_THINK, THINK, cut_words, parse_ecr, plain
+from tte_jax.preprocess.media import LoadMedia, media_loader
 from tte_jax.preprocess.patches import ImageConfig
+from tte_jax.preprocess.prompts_published import PUBLISHED
 from tte_jax.preprocess.template import (
     IM_END,
-    LoadMedia,
+    Ids,
     MediaSlot,
     Piece,
     Prompt,
     Turn,
     assemble,
-    image_loader,
 )
 from tte_jax.preprocess.tokenizer import Tokenizer
+from tte_jax.preprocess.video_config import VideoConfig
 from tte_jax.stages import EmbedItem, ReasonItem
 
 __all__ = ["EmbedMode", "Prompt", "PromptSet", "choose_task", "prompts_name"]
@@ -40,19 +43,30 @@ class EmbedMode(enum.StrEnum):
 
 
 class Wording(Protocol):
-    """What a module of wordings has; `prompts_full` and `prompts_mini` are the two there are."""
+    """What a module of wordings has: `prompts_full`, `prompts_mini` and the published formats."""
 
-    reason: Callable[[Turn], list[Piece]]
-    embed: Callable[[Turn, str], list[Piece]]
-    rerank_prefix: Callable[[str, str], list[Piece]]
-    rerank_suffix: Callable[[str], list[Piece]]
+    @property
+    def reason(self) -> Callable[[Turn], list[Piece]]: ...
+
+    @property
+    def embed(self) -> Callable[[Turn, str], list[Piece]]: ...
+
+    @property
+    def rerank_prefix(self) -> Callable[[str, str], list[Piece]]: ...
+
+    @property
+    def rerank_suffix(self) -> Callable[[str], list[Piece]]: ...
 
 
-_WORDINGS: dict[str, Wording] = {"full": prompts_full, "mini": prompts_mini}
+_WORDINGS: dict[str, Wording] = {"full": prompts_full, "mini": prompts_mini, **PUBLISHED}
+_MROPE_MODES = ("legacy", "current")
 
 
 def prompts_name(path: str | Path) -> str:
-    """Which prompts a model directory was made for: `prompts` of its `tte.json`, else "full".
+    """Which prompts a model directory was made for.
+
+    `prompts` of its `tte.json`; else the published format whose name the directory bears (such as
+    `models/Qwen3-Reranker-0.6B`, see `docs/real_weights.md`); else "full".
 
     Raises:
       NotFoundError: there is no such directory.
@@ -65,20 +79,31 @@ def prompts_name(path: str | Path) -> str:
             reason="MODEL_NOT_FOUND",
         )
     file = path / "tte.json"
-    if not file.is_file():
-        return "full"
-    try:
-        name = json.loads(file.read_text("utf-8")).get("prompts", "full")
-    except (ValueError, AttributeError) as error:
-        raise PreconditionError(
-            f"{file} is not a JSON object: {error}", reason="BAD_MODEL_FILE"
-        ) from error
+    name = _spec(file).get("prompts")
+    if name is None:
+        bears = path.resolve().name.lower()
+        found = (f.NAME for f in PUBLISHED.values() if f.folder and f.folder in bears)
+        return next(found, "full")
     if name not in _WORDINGS:
         raise PreconditionError(
             f"{file} asks for prompts {name!r}; there are {', '.join(sorted(_WORDINGS))}",
             reason="BAD_MODEL_FILE",
         )
     return name
+
+
+def _spec(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise PreconditionError(
+            f"{file} is not a JSON object: {error}", reason="BAD_MODEL_FILE"
+        ) from error
+    if not isinstance(spec, dict):
+        raise PreconditionError(f"{file} is not a JSON object", reason="BAD_MODEL_FILE")
+    return spec
 
 
 def choose_task(content: Content, side: Side) -> Task:
@@ -95,10 +120,12 @@ class PromptSet:
     """Builds what a model reads. Holds no state but the tokenizer; safe to use from threads.
 
     Attributes:
-      name: "full" or "mini".
+      name: "full", "mini" or one of `PUBLISHED`.
       tokenizer: the model's.
       image_config: how images become patches, `None` for a text model.
+      video_config: how videos do; None = the model reads none.
       load: media → patches; replace it to put a cache in between.
+      plain_positions: see `Prompt`; `mrope_mode` of `tte.json` decides, else the format.
     """
 
     def __init__(
@@ -107,11 +134,25 @@ class PromptSet:
         tokenizer: Tokenizer,
         image_config: ImageConfig | None = None,
         load: LoadMedia | None = None,
+        *,
+        video_config: VideoConfig | None = None,
+        plain_positions: bool | None = None,
     ) -> None:
+        published = PUBLISHED.get(name)
+        if published is not None and image_config is not None:
+            image_config = replace(image_config, **dict(published.image))
         self.name = name
         self.tokenizer = tokenizer
         self.image_config = image_config
-        self.load = load or (image_loader(image_config) if image_config else None)
+        self.video_config = video_config
+        self.load = load or (media_loader(image_config, video_config) if image_config else None)
+        self._published = published
+        self.frame_times = video_config is not None and video_config.whole_video
+        self.plain_positions = (
+            plain_positions
+            if plain_positions is not None
+            else published is not None and published.plain_positions
+        )
         self._wording = _WORDINGS[name]
 
     @classmethod
@@ -126,7 +167,25 @@ class PromptSet:
         files = ("preprocessor_config.json", "processor_config.json")
         has_images = any((Path(path) / file).is_file() for file in files)
         config = ImageConfig.from_dir(path) if has_images else None
-        return cls(name, Tokenizer.from_dir(path), config, load)
+        spec = _spec(Path(path) / "tte.json")
+        mode = spec.get("mrope_mode")
+        if mode not in (None, *_MROPE_MODES):
+            raise PreconditionError(
+                f"{path}/tte.json asks for mrope_mode {mode!r}; there are legacy and current",
+                reason="BAD_MODEL_FILE",
+            )
+        video = VideoConfig.from_dir(path) if has_images else None
+        if video is not None and name in PUBLISHED:
+            own = spec.get("video") or {}
+            video = replace(video, **{k: v for k, v in PUBLISHED[name].video if k not in own})
+        return cls(
+            name,
+            Tokenizer.from_dir(path),
+            config,
+            load,
+            video_config=video,
+            plain_positions=None if mode is None else mode == "legacy",
+        )
 
     def reason(self, item: ReasonItem, *, field: str = "content") -> Prompt:
         """The reasoner's prompt; generation goes on from its end.
@@ -185,7 +244,10 @@ class PromptSet:
             text=item.content.text,
             instruction=item.instruction.strip(),
         )
-        return self._assemble(self._wording.embed(turn, _ecr_part(item.reasoning, mode)))
+        pieces = self._wording.embed(turn, _ecr_part(item.reasoning, mode))
+        if self._published is not None:  # their code lets the tokenizer close the text
+            pieces = [*pieces, Ids(self.tokenizer.closing_ids)]
+        return self._assemble(pieces)
 
     def rerank_prefix(self, query: str, instruction: str = "") -> Prompt:
         """What all candidates of one query share; `prefix_length` is all of it.
@@ -228,7 +290,14 @@ class PromptSet:
         return tuple(self.tokenizer.encode_tagged(f"{END_THINK}\nAnswer:"))
 
     def _assemble(self, pieces: list[Piece]) -> Prompt:
-        return assemble(pieces, self.tokenizer, config=self.image_config, load=self.load)
+        return assemble(
+            pieces,
+            self.tokenizer,
+            config=self.image_config,
+            load=self.load,
+            frame_times=self.frame_times,
+            plain_positions=self.plain_positions,
+        )
 
 
 def _require(content: Content, field: str) -> None:

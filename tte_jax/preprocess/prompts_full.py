@@ -144,7 +144,7 @@ _EMBED_SYSTEM = (
     "it, and gather their meaning in one vector."
 )
 
-_RERANK_SYSTEM = (
+RERANK_SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".'
 )
@@ -200,7 +200,7 @@ def rerank_prefix(query: str, instruction: str) -> list[Piece]:
     """Everything before the document; the part that all candidates share."""
     return [
         Special(IM_START),
-        f"system\n{_RERANK_SYSTEM}",
+        f"system\n{RERANK_SYSTEM}",
         Special(IM_END),
         "\n",
         Special(IM_START),

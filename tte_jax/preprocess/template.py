@@ -7,27 +7,21 @@ encoded, so that the ids equal those of the whole string wherever the user's tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tte_jax.content import NO_REASONING, Media, MediaKind, Reasoning, Side, Task
+from tte_jax.content import NO_REASONING, Media, Reasoning, Side, Task
 from tte_jax.errors import UnsupportedError
-from tte_jax.limits import MAX_IMAGE_PIXELS
-from tte_jax.preprocess.image import decode_image
-from tte_jax.preprocess.patches import Grid, ImageConfig, patchify
+from tte_jax.preprocess.media import LoadMedia, Patches, media_key
+from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.tokenizer import TAGS, Tokenizer
+from tte_jax.preprocess.video import VideoPatches
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-
-Patches = tuple[np.ndarray, Grid]
-"""([n, C*Tp*p*p] float32, grid) of one image."""
-
-LoadMedia = Callable[[Media, str], Patches]
-"""Media and the path of its field → patches. A cache keyed by `Media.sha256` fits in here."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,22 @@ class Tagged:
 
 @dataclass(frozen=True)
 class MediaSlot:
-    """One image: vision start, a pad per merged patch, vision end."""
+    """One image, page or video: vision start, a pad per merged patch, vision end.
+
+    A video is one such run of its own pads; with `frame_times`, a run for every temporal patch, its
+    time in seconds before it (Qwen3-VL). `bare` leaves vision start and end away (VLM2Vec).
+    """
 
     media: Media
     field: str = ""
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Token ids as they are, such as what a tokenizer's own post-processor puts at the end."""
+
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class PrefixEnd:
     """What stands before is the same for many prompts; must be next to a `Special`."""
 
 
-Piece = str | Special | Tagged | MediaSlot | PrefixEnd
+Piece = str | Special | Tagged | MediaSlot | Ids | PrefixEnd
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,23 @@ class Prompt:
 
     Attributes:
       ids: [T] int32, image pads expanded.
-      images: (patches, grid) of every image, in order.
-      image_keys: content hash of every image, in order; the key for cached vision features.
+      images: (patches, grid) of every image, page or video, in order; with times in the prompt,
+        of every temporal patch of a video by itself.
+      image_keys: content hash of each of them; the key for cached vision features.
+      seconds: of each of them, seconds between temporal patches; 0 for still pictures.
       text: the prompt as text, each image as one pad token: for logs and tests.
       prefix_length: how many leading ids are shared by all prompts of the same kind; 0 = none.
+      plain_positions: pads that do not follow vision start get text positions, as in transformers
+        up to 4.52 (`mrope_mode` "legacy").
     """
 
     ids: np.ndarray
     images: tuple[Patches, ...] = ()
     image_keys: tuple[str, ...] = ()
+    seconds: tuple[float, ...] = ()
     text: str = ""
     prefix_length: int = 0
+    plain_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class _Assembly:
     pending: str = ""
     images: list[Patches] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     text: str = ""
     prefix_length: int = 0
 
@@ -118,8 +131,14 @@ def assemble(
     *,
     config: ImageConfig | None = None,
     load: LoadMedia | None = None,
+    frame_times: bool = False,
+    plain_positions: bool = False,
 ) -> Prompt:
     """Encode the pieces.
+
+    Args:
+      frame_times: videos as Qwen3-VL reads them, frame by frame with their times.
+      plain_positions: see `Prompt`.
 
     Raises:
       UnsupportedError: there is an image, but the model has no vision tower.
@@ -136,6 +155,40 @@ def assemble(
         flush()
         out.ids.append(tokenizer.token_id(token))
 
+    def run(patches: Patches, key: str, seconds: float, pad: str, *, bare: bool) -> None:
+        assert config is not None
+        ends = (None, None) if bare else (VISION_START, VISION_END)
+        if ends[0]:
+            control(ends[0])
+        flush()
+        out.ids.extend([tokenizer.token_id(pad)] * config.tokens(patches[1]))
+        if ends[1]:
+            control(ends[1])
+        out.images.append(patches)
+        out.keys.append(key)
+        out.seconds.append(seconds)
+        out.text += (ends[0] or "") + pad + (ends[1] or "")
+
+    def place(slot: MediaSlot) -> None:
+        if config is None or load is None:
+            raise UnsupportedError(
+                "this model reads text only, and the input has an image", reason="NO_VISION"
+            )
+        loaded, key = load(slot.media, slot.field), media_key(slot.media)
+        if not isinstance(loaded, VideoPatches):
+            run(loaded, key, 0.0, IMAGE_PAD, bare=slot.bare)
+            return
+        if not frame_times:
+            both = (loaded.patches, loaded.grid)
+            run(both, key, loaded.seconds_per_patch, VIDEO_PAD, bare=slot.bare)
+            return
+        t, rows, columns = loaded.grid
+        frames = loaded.patches.reshape(t, rows * columns, -1)
+        for i, (frame, seconds) in enumerate(zip(frames, loaded.times, strict=True)):
+            out.pending += f"<{seconds:.1f} seconds>"
+            out.text += f"<{seconds:.1f} seconds>"
+            run((frame, (1, rows, columns)), f"{key}:{i}", 0.0, VIDEO_PAD, bare=slot.bare)
+
     for piece in pieces:
         match piece:
             case str():
@@ -144,6 +197,9 @@ def assemble(
             case Special(token):
                 control(token)
                 out.text += token
+            case Ids(ids):
+                flush()
+                out.ids.extend(ids)
             case Tagged(text):
                 for part in tokenizer.split_tags(text):
                     if part in TAGS and tokenizer.has_control(part):
@@ -151,18 +207,8 @@ def assemble(
                     else:
                         out.pending += part
                 out.text += text
-            case MediaSlot(media, path):
-                if config is None or load is None:
-                    raise UnsupportedError(
-                        "this model reads text only, and the input has an image", reason="NO_VISION"
-                    )
-                patches = load(media, path)
-                control(VISION_START)
-                out.ids.extend([tokenizer.token_id(IMAGE_PAD)] * config.tokens(patches[1]))
-                control(VISION_END)
-                out.images.append(patches)
-                out.keys.append(media.sha256)
-                out.text += VISION_START + IMAGE_PAD + VISION_END
+            case MediaSlot():
+                place(piece)
             case PrefixEnd():
                 flush()
                 out.prefix_length = len(out.ids)
@@ -171,23 +217,8 @@ def assemble(
         ids=np.array(out.ids, np.int32),
         images=tuple(out.images),
         image_keys=tuple(out.keys),
+        seconds=tuple(out.seconds),
         text=out.text,
         prefix_length=out.prefix_length,
+        plain_positions=plain_positions,
     )
-
-
-def image_loader(config: ImageConfig, *, max_pixels: int = MAX_IMAGE_PIXELS) -> LoadMedia:
-    """Decode and patchify, with no cache."""
-
-    def load(media: Media, path: str) -> Patches:
-        if media.kind is not MediaKind.IMAGE:
-            raise UnsupportedError(
-                f"{path or 'the input'}: media of kind {media.kind} is not supported here; "
-                "send an image",
-                reason="UNSUPPORTED_MEDIA",
-            )
-        field = f"{path}.image.data" if path else ""
-        image = decode_image(media.data, max_pixels=max_pixels, field=field)
-        return patchify(image, config, field=field)
-
-    return load

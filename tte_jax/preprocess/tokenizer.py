@@ -104,6 +104,11 @@ class Tokenizer:
             backend = self._without_controls
         return backend.encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What the directory's post-processor puts behind every text, such as an end of text."""
+        return tuple(self._backend.encode("", add_special_tokens=True).ids)
+
     def split_tags(self, text: str) -> list[str]:
         """The text cut at the think tags that this tokenizer has tokens for; tags are parts too."""
         tags = [tag for tag in TAGS if tag in self._added]

@@ -26,7 +26,7 @@ from tte_jax.errors import DataLossError, NotFoundError, PreconditionError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
-from tte_jax.weights.table import Entry, entries, normalise
+from tte_jax.weights.table import Entry, entries, normalise, on_disk
 
 # Buffers that old checkpoints carry and that are computed, not learned.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -97,6 +97,7 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     pure = nnx.to_pure_dict(nnx.state(model))
     tensors: dict[str, np.ndarray] = {}
+    family = model.config.model_type
     for entry in entries(model.config):
         node, leaf = _descend(pure, entry.path)
         value = np.asarray(node[leaf])
@@ -104,9 +105,9 @@ def export(
             value = value.astype(dtype)
         if entry.stacked:
             for layer, one in enumerate(value):
-                tensors[entry.name.format(l=layer)] = entry.to_hf(one)
+                tensors[on_disk(entry.name.format(l=layer), family)] = entry.to_hf(one)
         else:
-            tensors[entry.name] = entry.to_hf(value)
+            tensors[on_disk(entry.name, family)] = entry.to_hf(value)
     fd, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
     os.close(fd)
     try:

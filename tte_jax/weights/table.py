@@ -11,12 +11,17 @@ so an entry only says which of our leading dimensions are the input side.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tte_jax.models.config import ModelConfig
+from tte_jax.models.config import (
+    DeepStackVisionConfig,
+    ModelConfig,
+    VisionConfig,
+    WindowedVisionConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Entry:
 
 def entries(config: ModelConfig) -> list[Entry]:
     """Every parameter of the model, in file order."""
-    return [*_text(config), *(_qwen2_vision(config) if config.vision else ())]
+    vision = config.vision
+    return [*_text(config), *(_VISION[type(vision)](vision) if vision else ())]
 
 
 def _text(config: ModelConfig) -> Iterator[Entry]:
@@ -90,31 +96,92 @@ def _text(config: ModelConfig) -> Iterator[Entry]:
         yield Entry("text.head_dv", "lm_head.weight", 1, (c.vocab_size, d))
 
 
-def _qwen2_vision(config: ModelConfig) -> Iterator[Entry]:
-    c = config.vision
-    assert c is not None
-    e, f, wide = c.embed_dim, int(c.embed_dim * c.mlp_ratio), c.embed_dim * c.merged
+def _vision_attention(c: VisionConfig) -> Iterator[Entry]:
+    """Patch embedding, norms' weights and attention, which all towers share."""
+    e = c.embed_dim
     conv = (e, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
     block, ours = "visual.blocks.{l}.", "visual.blocks."
     yield Entry("visual.patch_ce", "visual.patch_embed.proj.weight", 1, conv)
     yield Entry(ours + "norm1_e", block + "norm1.weight", 0, (e,))
-    yield Entry(ours + "norm1_bias_e", block + "norm1.bias", 0, (e,))
     yield Entry(ours + "qkv_e3nh", block + "attn.qkv.weight", 1, (3 * e, e))
     yield Entry(ours + "qkv_bias_3nh", block + "attn.qkv.bias", 0, (3 * e,))
     yield Entry(ours + "o_nhe", block + "attn.proj.weight", 2, (e, e))
     yield Entry(ours + "o_bias_e", block + "attn.proj.bias", 0, (e,))
     yield Entry(ours + "norm2_e", block + "norm2.weight", 0, (e,))
+
+
+def _layer_norm_mlp(c: VisionConfig, fc1: str, fc2: str) -> Iterator[Entry]:
+    """The norms' biases and the two-matrix MLP of Qwen2-VL and Qwen3-VL."""
+    e, f = c.embed_dim, c.inner
+    block, ours = "visual.blocks.{l}.", "visual.blocks."
+    yield Entry(ours + "norm1_bias_e", block + "norm1.bias", 0, (e,))
     yield Entry(ours + "norm2_bias_e", block + "norm2.bias", 0, (e,))
-    yield Entry(ours + "fc1_ef", block + "mlp.fc1.weight", 1, (f, e))
-    yield Entry(ours + "fc1_bias_f", block + "mlp.fc1.bias", 0, (f,))
-    yield Entry(ours + "fc2_fe", block + "mlp.fc2.weight", 1, (e, f))
-    yield Entry(ours + "fc2_bias_e", block + "mlp.fc2.bias", 0, (e,))
+    yield Entry(ours + "fc1_ef", block + f"mlp.{fc1}.weight", 1, (f, e))
+    yield Entry(ours + "fc1_bias_f", block + f"mlp.{fc1}.bias", 0, (f,))
+    yield Entry(ours + "fc2_fe", block + f"mlp.{fc2}.weight", 1, (e, f))
+    yield Entry(ours + "fc2_bias_e", block + f"mlp.{fc2}.bias", 0, (e,))
+
+
+def _qwen2_vision(c: VisionConfig) -> Iterator[Entry]:
+    yield from _vision_attention(c)
+    yield from _layer_norm_mlp(c, "fc1", "fc2")
+    yield Entry("visual.merge_norm_bias_e", "visual.merger.ln_q.bias", 0, (c.embed_dim,))
+    yield from _qwen2_merger(c)
+
+
+def _windowed_vision(c: VisionConfig) -> Iterator[Entry]:
+    e, f = c.embed_dim, c.inner
+    block, ours = "visual.blocks.{l}.mlp.", "visual.blocks."
+    yield from _vision_attention(c)
+    yield Entry(ours + "gate_ef", block + "gate_proj.weight", 1, (f, e))
+    yield Entry(ours + "gate_bias_f", block + "gate_proj.bias", 0, (f,))
+    yield Entry(ours + "up_ef", block + "up_proj.weight", 1, (f, e))
+    yield Entry(ours + "up_bias_f", block + "up_proj.bias", 0, (f,))
+    yield Entry(ours + "down_fe", block + "down_proj.weight", 1, (e, f))
+    yield Entry(ours + "down_bias_e", block + "down_proj.bias", 0, (e,))
+    yield from _qwen2_merger(c)
+
+
+def _deepstack_vision(c: VisionConfig) -> Iterator[Entry]:
+    assert isinstance(c, DeepStackVisionConfig)
+    e, wide = c.embed_dim, c.embed_dim * c.merged
+    yield from _vision_attention(c)
+    yield Entry("visual.patch_bias_e", "visual.patch_embed.proj.bias", 0, (e,))
+    yield Entry("visual.table_se", "visual.pos_embed.weight", 0, (c.table_side**2, e))
+    yield from _layer_norm_mlp(c, "linear_fc1", "linear_fc2")
+    mergers = [("visual.merger.", "visual.merger.", e)]
+    for i in range(len(c.deepstack_blocks)):
+        mergers.append((f"visual.deepstack{i}.", f"visual.deepstack_merger_list.{i}.", wide))
+    for ours, file, size in mergers:
+        yield Entry(ours + "norm_e", file + "norm.weight", 0, (size,))
+        yield Entry(ours + "norm_bias_e", file + "norm.bias", 0, (size,))
+        yield Entry(ours + "fc1_gg", file + "linear_fc1.weight", 1, (wide, wide))
+        yield Entry(ours + "fc1_bias_g", file + "linear_fc1.bias", 0, (wide,))
+        yield Entry(ours + "fc2_gd", file + "linear_fc2.weight", 1, (c.out_size, wide))
+        yield Entry(ours + "fc2_bias_d", file + "linear_fc2.bias", 0, (c.out_size,))
+
+
+def _qwen2_merger(c: VisionConfig) -> Iterator[Entry]:
+    e, wide = c.embed_dim, c.embed_dim * c.merged
     yield Entry("visual.merge_norm_e", "visual.merger.ln_q.weight", 0, (e,))
-    yield Entry("visual.merge_norm_bias_e", "visual.merger.ln_q.bias", 0, (e,))
     yield Entry("visual.merge1_gg", "visual.merger.mlp.0.weight", 1, (wide, wide))
     yield Entry("visual.merge1_bias_g", "visual.merger.mlp.0.bias", 0, (wide,))
     yield Entry("visual.merge2_gd", "visual.merger.mlp.2.weight", 1, (c.out_size, wide))
     yield Entry("visual.merge2_bias_d", "visual.merger.mlp.2.bias", 0, (c.out_size,))
+
+
+_VISION: dict[type[VisionConfig], Callable[[VisionConfig], Iterator[Entry]]] = {
+    VisionConfig: _qwen2_vision,
+    WindowedVisionConfig: _windowed_vision,
+    DeepStackVisionConfig: _deepstack_vision,
+}
+
+
+def on_disk(name: str, model_type: str) -> str:
+    """Table name → the name that the authors' files and transformers' `save_pretrained` have."""
+    if model_type != "qwen3_vl":
+        return name
+    return re.sub(r"^(?=visual\.)", "model.", re.sub(r"^model\.", "model.language_model.", name))
 
 
 def normalise(name: str) -> str:
