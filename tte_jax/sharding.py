@@ -165,6 +165,11 @@ def sharding_of(
 
 
 def batch_spec(rows: int, mesh: AnyMesh, rules: Rules | None = None) -> PartitionSpec:
-    """Splits the leading dimension over the batch axes; a batch they do not divide stays whole."""
+    """Splits the leading dimension over the batch axes; a batch they do not divide stays whole.
+
+    So does one where they all have size 1: there is nothing to split, and a type that says so
+    would only forbid operations (reshapes).
+    """
     axes = (rules or Rules()).B
-    return PartitionSpec() if rows % prod(mesh.shape[a] for a in axes) else PartitionSpec(axes)
+    ways = prod(mesh.shape[axis] for axis in axes)
+    return PartitionSpec() if ways == 1 or rows % ways else PartitionSpec(axes)

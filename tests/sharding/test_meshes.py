@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import tte_jax
 from tests.models.conftest import Checkpoint, images_batch, text_batch
 from tests.sharding import runs
+from tte_jax import sharding
 
 MESHES = [
     {"data": 1, "fsdp": 4, "tp": 2},
@@ -48,6 +50,16 @@ def test_eight_devices_say_what_one_says(outcome, number: int) -> None:
     there = np.load(folder / f"{number}_0.npz")
     for name, ours in (("logits", alone.logits), ("hidden", alone.last_hidden_state)):
         np.testing.assert_allclose(there[name][real], ours[real], rtol=0, atol=1e-5)
+
+
+def test_a_mesh_that_does_not_split_the_batch(saved: Callable[..., Checkpoint]) -> None:
+    """As with tp alone. One device will do: the types name all axes, whatever their size."""
+    path, batch = saved("qwen2_vl", tied=False).path, images_batch("left")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    there = tte_jax.load_model(path, mesh=mesh)(**batch)
+    here = tte_jax.load_model(path)(**batch)
+    real = batch["attention_mask"] > 0
+    np.testing.assert_allclose(there.logits[real], here.logits[real], rtol=0, atol=1e-5)
 
 
 def test_parameters_really_are_split(outcome) -> None:
