@@ -49,6 +49,7 @@ def load_model(
     mrope_mode: MropeMode = "current",
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
+    quantise: Literal["int8"] | None = None,
 ) -> Model:
     """Load a Hugging Face model directory of a supported family.
 
@@ -59,8 +60,10 @@ def load_model(
         positions, as transformers 4.52 did: models trained with it on such prompts need it.
       mesh: of `tte_jax.sharding.make_mesh`; None = the default device.
       rules: how dimensions map to the mesh; None = the defaults.
+      quantise: "int8" holds the matrices of linear layers as int8, a quarter of float32.
 
     Raises:
+      InvalidInputError: an unknown `mrope_mode` or `quantise`.
       NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.hf.load`.
     """
     if mrope_mode not in ("current", "legacy"):
@@ -68,7 +71,7 @@ def load_model(
             f"mrope_mode must be 'current' or 'legacy', got {mrope_mode!r}.", field="mrope_mode"
         )
     placed = None if mesh is None else sharding.sharding_of(mesh, rules)
-    module = hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed)
+    module = hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed, quantise=quantise)
     return Model(module, mrope_mode=mrope_mode, mesh=mesh, rules=rules)
 
 

@@ -104,7 +104,7 @@ def join(order: dict[str, Any]) -> None:
 
 def main(order: dict[str, Any]) -> None:
     """Order: {"model", "batch" (npz), "meshes", "out" (folder)} and, for a job of several
-    processes, {"process", "processes", "port"}.
+    processes, {"process", "processes", "port"}; "quantise" as `load_model` takes it.
 
     Writes for mesh 0, 1, … and this process `{mesh}_{process}.npz` (logits, hidden) and `.json`:
     "parameters" (path → sharding and bytes), "read" (bytes that came out of files) and "held"
@@ -123,7 +123,7 @@ def main(order: dict[str, Any]) -> None:
     for number, sizes in enumerate(order["meshes"]):
         mesh = sharding.make_mesh(**sizes)
         CountedFile.read = 0
-        model = tte_jax.load_model(order["model"], mesh=mesh)
+        model = tte_jax.load_model(order["model"], mesh=mesh, quantise=order.get("quantise"))
         read = CountedFile.read
         leaves = jax.tree_util.tree_leaves_with_path(model.module)
         parts = [{str(s.index): s.data.nbytes for s in w.addressable_shards} for _, w in leaves]

@@ -62,6 +62,22 @@ def test_a_mesh_that_does_not_split_the_batch(saved: Callable[..., Checkpoint]) 
     np.testing.assert_allclose(there.logits[real], here.logits[real], rtol=0, atol=1e-5)
 
 
+def test_int8_on_eight_devices(saved: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    path, batch = saved("qwen2_vl", tied=False).path, images_batch("left")
+    np.savez(tmp_path / "batch.npz", **batch)
+    order: dict[str, Any] = {"model": str(path), "batch": str(tmp_path / "batch.npz")}
+    order |= {"meshes": MESHES[:1], "out": str(tmp_path), "quantise": "int8"}
+    child = runs.start(order, tmp_path, devices=8)
+    alone = tte_jax.load_model(path, quantise="int8")(**batch)
+    runs.finish(child)
+    there = np.load(tmp_path / "0_0.npz")["logits"]
+    real = batch["attention_mask"] > 0
+    np.testing.assert_allclose(there[real], alone.logits[real], rtol=0, atol=1e-5)
+    parameters = json.loads((tmp_path / "0_0.json").read_text())["parameters"]
+    specs = {path: spec for path, (spec, _) in parameters.items() if ".down_fd" in path}
+    assert sorted(specs.values()) == ["P(None, 'tp', 'fsdp')", "P(None, None, None)"]
+
+
 def test_parameters_really_are_split(outcome) -> None:
     _, _, folder = outcome
 

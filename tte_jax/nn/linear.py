@@ -8,11 +8,12 @@ type, which JAX refuses to guess where both sides of a sum are split; `project` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 TENSOR_AXIS = "tp"
@@ -32,22 +33,34 @@ class Int8Weight:
     q: Array
     scale: Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.q.shape
-
-    @property
-    def T(self) -> Int8Weight:
-        return Int8Weight(self.q.T, self.scale.T)
-
     def __getitem__(self, index: Any) -> Any:
         """Float values of a part; `[...]`, with which models read their parameters, is itself."""
         if index is ...:
             return self
-        return self.q[index].astype(jnp.float32) * jnp.broadcast_to(self.scale, self.shape)[index]
+        scale = jnp.broadcast_to(self.scale, self.q.shape)
+        return self.q[index].astype(jnp.float32) * scale[index]
 
 
 Weight = Array | Int8Weight
+
+
+@partial(jax.jit, static_argnames="inputs")
+def quantise(w: Array, inputs: tuple[int, ...]) -> Int8Weight:
+    """Symmetric int8 by the largest value of each output channel, rounded to the nearest.
+
+    No value moves by more than half a scale. On a mesh the integers lie as the weight does.
+
+    Args:
+      inputs: the dimensions of the weight that its product sums over.
+    """
+    w = w.astype(jnp.float32)
+    scale = jnp.abs(w).max(axis=inputs, keepdims=True) / 127
+    q = jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    if (split := explicit_spec(scale)) is not None:
+        # Scales meet the product, which is split over "tp" alone.
+        spec = PartitionSpec(*(axis if axis == TENSOR_AXIS else None for axis in split))
+        scale = jax.sharding.reshard(scale, NamedSharding(jax.typeof(scale).sharding.mesh, spec))
+    return Int8Weight(q, scale)
 
 
 def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array:
@@ -69,13 +82,10 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
     return _einsum(subscripts, x, w, dtype)
 
 
-def lookup(table: Weight, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+def lookup(table: Array, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Rows of a table [V D], sharded as `rows`; a row beyond the table is NaN."""
-    sharding = _row_sharding(rows)
-    if isinstance(table, Int8Weight):
-        q = table.q.at[rows].get(mode="clip", out_sharding=sharding)
-        scale = table.scale.at[rows].get(mode="fill", out_sharding=sharding)
-        return q.astype(jnp.float32) * scale
+    spec = explicit_spec(rows)
+    sharding = None if spec is None else PartitionSpec(*spec, None)
     return table.at[rows].get(mode="fill", out_sharding=sharding)
 
 
@@ -110,12 +120,6 @@ def _output_scale(subscripts: str, w: Int8Weight) -> Array:
     operands, out = subscripts.split("->")
     letters = operands.split(",")[1]
     summed = tuple(i for i, n in enumerate(letters) if n not in out)
-    scale = w.scale.squeeze(summed)
-    kept = [n for n in letters if n in out]
-    assert out.endswith("".join(kept)), subscripts
-    return scale
-
-
-def _row_sharding(rows: Array) -> PartitionSpec | None:
-    spec = explicit_spec(rows)
-    return None if spec is None else PartitionSpec(*spec, None)
+    kept = "".join(n for n in letters if n in out)
+    assert out.endswith(kept), subscripts
+    return w.scale.squeeze(summed)

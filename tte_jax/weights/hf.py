@@ -23,10 +23,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from tte_jax.errors import PreconditionError
+from tte_jax.errors import InvalidInputError, PreconditionError, UnsupportedError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
+from tte_jax.nn import linear
 from tte_jax.weights.files import Stored, runs, tensors
 from tte_jax.weights.table import Entry, entries, on_disk
 
@@ -41,6 +42,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     sharding_of: ShardingOf | None = None,
+    quantise: str | None = None,
 ) -> MultimodalLM:
     """Read a model directory.
 
@@ -48,12 +50,21 @@ def load(
       directory: holds `config.json` and `*.safetensors`, with or without an index file.
       dtype: dtype of the parameters in memory, whatever the files hold.
       sharding_of: sharding for a parameter path and shape; None = the default device.
+      quantise: "int8" = the matrices of linear layers as `Int8Weight`; tables, norms and biases
+        stay in `dtype`, which is also that of the activations. None = everything in `dtype`.
 
     Raises:
+      InvalidInputError: an unknown `quantise`.
       NotFoundError: directory, config or weights missing.
       PreconditionError: unsupported family, or tensors missing, left over or misshaped (all named).
       DataLossError: a weight file that cannot be read.
     """
+    if quantise not in (None, "int8"):
+        raise InvalidInputError(
+            f"quantise {quantise!r} is not known; expected 'int8', or None for the weights as they"
+            " are.",
+            field="quantise",
+        )
     directory = Path(directory)
     config = model_config(directory)
     files = tensors(directory)
@@ -66,8 +77,12 @@ def load(
     for entry, node, leaf in sorted(targets, key=lambda t: -prod(t[1][t[2]].shape)):
         shape = tuple(node[leaf].shape)
         sharding = sharding_of(entry.path, shape) if sharding_of else None
+        value = _read(entry, shape, files, dtype, sharding)
+        if quantise and entry.inputs:
+            first = int(entry.stacked)
+            value = linear.quantise(value, tuple(range(first, first + entry.inputs)))
         # Waiting lets go of the host's copy before the next parameter is read.
-        node[leaf] = _read(entry, shape, files, dtype, sharding).block_until_ready()
+        node[leaf] = jax.block_until_ready(value)
     nnx.replace_by_pure_dict(state, pure)
     return nnx.merge(graph, state)
 
@@ -85,14 +100,22 @@ def export(
 
     Args:
       dtype: dtype in the file; None keeps each parameter's own.
+
+    Raises:
+      UnsupportedError: the weights are quantised.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     pure = nnx.to_pure_dict(nnx.state(model))
     tensors: dict[str, np.ndarray] = {}
     family = model.config.model_type
     for entry in entries(model.config):
         node, leaf = _descend(pure, entry.path)
+        if isinstance(node[leaf], linear.Int8Weight):
+            raise UnsupportedError(
+                "int8 weights are not exported: what rounding took is gone. Load the model without"
+                " quantise.",
+                reason="QUANTISED_MODEL",
+            )
         value = np.asarray(node[leaf])
         if dtype is not None:
             value = value.astype(dtype)
@@ -101,6 +124,7 @@ def export(
                 tensors[on_disk(entry.name.format(l=layer), family)] = entry.to_hf(one)
         else:
             tensors[on_disk(entry.name, family)] = entry.to_hf(value)
+    directory.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
     os.close(fd)
     try:
