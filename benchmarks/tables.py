@@ -22,7 +22,7 @@ from benchmarks import code_tables, model_tables, quality_tables
 from benchmarks.environment import ROOT
 from benchmarks.markdown import table
 
-PAGES = ("README.md", "docs/builtin_models.md", "docs/operations.md")
+PAGES = ("README.md", "docs/builtin_models.md", "docs/operations.md", "docs/real_weights.md")
 _SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -76,9 +76,26 @@ def startup(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
+def loading(result: Mapping[str, Any]) -> str:
+    """Peak of the host's memory by dtype of the parameters."""
+    rows = [
+        [
+            f"{result['file_dtype']} → {dtype}",
+            f"{figures['weights_bytes'] / 1e9:.2f}",
+            f"{figures['peak_bytes'] / 1e9:.2f}",
+            f"{figures['ratio']:.2f}",
+            f"{figures['seconds']:.1f}",
+        ]
+        for dtype, figures in result["loads"].items()
+    ]
+    head = ["file → memory", "weights, GB", "peak, GB", "peak / weights", "seconds"]
+    return table(head, rows) + _footnote(result)
+
+
 MEASURED = {
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
+    "loading": Measured("load.json", "python -m benchmarks.load", loading),
     "startup": Measured("startup.json", "python -m benchmarks.startup", startup),
     "quality-summary": Measured(
         "builtin_quality.json", "python -m training.evaluate", quality_tables.summary

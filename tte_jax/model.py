@@ -14,8 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tte_jax.errors import InvalidInputError
+from tte_jax import sharding
+from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.models.config import DeepStackVisionConfig, ModelConfig, WindowedVisionConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
@@ -41,7 +43,13 @@ class ModelOutput:
 
 
 def load_model(
-    path: str | Path, *, dtype: Any = jnp.float32, mrope_mode: MropeMode = "current"
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mrope_mode: MropeMode = "current",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules | None = None,
+    quantise: Literal["int8"] | None = None,
 ) -> Model:
     """Load a Hugging Face model directory of a supported family.
 
@@ -50,23 +58,38 @@ def load_model(
       dtype: dtype of the parameters in memory ("float32", "bfloat16", …).
       mrope_mode: "legacy" gives vision tokens that do not follow `<|vision_start|>` plain text
         positions, as transformers 4.52 did: models trained with it on such prompts need it.
+      mesh: of `tte_jax.sharding.make_mesh`; None = the default device.
+      rules: how dimensions map to the mesh; None = the defaults.
+      quantise: "int8" holds the matrices of linear layers as int8, a quarter of float32.
 
     Raises:
+      InvalidInputError: an unknown `mrope_mode` or `quantise`.
       NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.hf.load`.
     """
     if mrope_mode not in ("current", "legacy"):
         raise InvalidInputError(
             f"mrope_mode must be 'current' or 'legacy', got {mrope_mode!r}.", field="mrope_mode"
         )
-    return Model(hf.load(path, dtype=jnp.dtype(dtype)), mrope_mode=mrope_mode)
+    placed = None if mesh is None else sharding.sharding_of(mesh, rules)
+    module = hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed, quantise=quantise)
+    return Model(module, mrope_mode=mrope_mode, mesh=mesh, rules=rules)
 
 
 class Model:
-    """Parameters with NumPy in and out."""
+    """Parameters with NumPy in and out; on a mesh, every process gives and gets the whole batch."""
 
-    def __init__(self, module: MultimodalLM, *, mrope_mode: MropeMode = "current") -> None:
+    def __init__(
+        self,
+        module: MultimodalLM,
+        *,
+        mrope_mode: MropeMode = "current",
+        mesh: Mesh | None = None,
+        rules: sharding.Rules | None = None,
+    ) -> None:
         self.module = module
         self.mrope_mode = mrope_mode
+        self.mesh = mesh
+        self.rules = rules
 
     @property
     def config(self) -> ModelConfig:
@@ -107,8 +130,12 @@ class Model:
             video_grid_thw,
             second_per_grid_ts,
         )
-        logits, hidden, _ = _forward(self.module, *inputs.arrays)
-        return ModelOutput(np.asarray(logits), np.asarray(hidden))
+        if self.mesh is None:
+            logits, hidden, _ = _forward(self.module, *inputs.arrays)
+            return ModelOutput(np.asarray(logits), np.asarray(hidden))
+        with jax.set_mesh(self.mesh):
+            logits, hidden, _ = _forward(self.module, *self._place_batch(inputs.arrays))
+            return ModelOutput(np.asarray(_whole(logits)), np.asarray(_whole(hidden)))
 
     def generate(
         self,
@@ -134,8 +161,16 @@ class Model:
 
         Returns:
           [B, T + new] ids: the prompt followed by the continuation.
+
+        Raises:
+          UnsupportedError: the model is on a mesh.
         """
         del ignored
+        if self.mesh is not None:
+            raise UnsupportedError(
+                "generate() runs on one device; load the model without a mesh.",
+                reason="MESH_UNSUPPORTED",
+            )
         if max_new_tokens < 1:
             raise InvalidInputError(
                 f"max_new_tokens must be at least 1, got {max_new_tokens}.", field="max_new_tokens"
@@ -172,6 +207,19 @@ class Model:
                 return np.concatenate([ids, np.stack(out, axis=1)], axis=1)
             logits, k, v = _decode(self.module, k, v, lengths, positions, jnp.asarray(token))
             lengths, positions = lengths + 1, positions + 1
+
+    def _place_batch(self, arrays: tuple[Any, ...]) -> Any:
+        """Every array split by its rows; each process puts down only its own devices' part."""
+        mesh = self.mesh
+        assert mesh is not None
+
+        def put(x: np.ndarray) -> jax.Array:
+            spec = sharding.batch_spec(x.shape[0], mesh, self.rules)
+            return jax.make_array_from_callback(
+                x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+            )
+
+        return jax.tree.map(put, arrays)
 
     def _stops(self, given: int | list[int] | None) -> tuple[int, ...]:
         if given is None:
@@ -352,6 +400,12 @@ def _forward(
     vis = None if pack is None else module.encode_images(*pack)
     hidden, kv = module.forward(ids, valid=valid, positions=positions, vis=vis, vis_idx=vis_idx)
     return module.logits(hidden), hidden, kv
+
+
+@jax.jit
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device of the mesh, so that any process can read it."""
+    return jax.sharding.reshard(x, PartitionSpec())
 
 
 @jax.jit

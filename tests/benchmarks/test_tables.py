@@ -82,6 +82,14 @@ def test_load_has_a_row_for_each_number_of_clients(tmp_path: Path) -> None:
     assert "compiled while serving these: 0" in text
 
 
+def test_loading_has_a_row_for_each_dtype(tmp_path: Path) -> None:
+    figures = {"weights_bytes": 2 * 10**9, "peak_bytes": 22 * 10**8, "ratio": 1.1, "seconds": 3.04}
+    result = ABOUT | {"file_dtype": "bfloat16", "loads": {"float32": figures}}
+    (tmp_path / "load.json").write_text(json.dumps(result))
+    text = tables.render("loading", tmp_path)
+    assert "| bfloat16 → float32 | 2.00 | 2.20 | 1.10 | 3.0 |" in text
+
+
 def test_quality_shows_what_reasoning_is_worth_and_missing_arms_as_missing(tmp_path: Path) -> None:
     (tmp_path / "builtin_quality.json").write_text(json.dumps(QUALITY))
     text = tables.render("quality-summary", tmp_path)

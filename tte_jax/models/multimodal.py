@@ -18,6 +18,7 @@ from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
 from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
 from tte_jax.models.vision_qwen3 import DeepStackVisionTower
+from tte_jax.nn.linear import lookup
 
 TOWERS: dict[type[VisionConfig], Any] = {
     VisionConfig: VisionTower,
@@ -81,7 +82,7 @@ class MultimodalLM(nnx.Module):
         """
         x, deep = self.text.embed(ids), None
         if vis is not None and vis_idx is not None:
-            features = jnp.take(vis, jnp.maximum(vis_idx, 0), axis=0).astype(x.dtype)
+            features = lookup(vis, jnp.maximum(vis_idx, 0)).astype(x.dtype)
             here, width = (vis_idx >= 0)[..., None], x.shape[-1]
             x = jnp.where(here, features[..., :width], x)
             if vis.shape[-1] > width:

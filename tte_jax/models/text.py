@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
 from tte_jax.nn.attention import Prefix, attend
+from tte_jax.nn.linear import lookup, project
 from tte_jax.nn.norms import rms_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -90,7 +91,7 @@ class TextDecoder(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table."""
-        return jnp.take(self.embed_vd[...], ids, axis=0)
+        return lookup(self.embed_vd[...], ids)
 
     def __call__(
         self,
@@ -132,9 +133,9 @@ class TextDecoder(nnx.Module):
         def layer(x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
             w, earlier, index = scanned
             h = rms_norm(x, w["attn_norm_d"], c.rms_eps)
-            q = jnp.einsum("btd,dnh->btnh", h, w["q_dnh"])
-            k = jnp.einsum("btd,dkh->btkh", h, w["k_dkh"])
-            v = jnp.einsum("btd,dkh->btkh", h, w["v_dkh"])
+            q = project("btd,dnh->btnh", h, w["q_dnh"])
+            k = project("btd,dkh->btkh", h, w["k_dkh"])
+            v = project("btd,dkh->btkh", h, w["v_dkh"])
             if c.qkv_bias:
                 q, k, v = q + w["q_bias_nh"], k + w["k_bias_kh"], v + w["v_bias_kh"]
             if c.qk_norm:
@@ -142,14 +143,14 @@ class TextDecoder(nnx.Module):
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             before = None if earlier is None else Prefix(earlier[0], earlier[1], prefix_mask)
-            x = x + jnp.einsum(
-                "btnh,nhd->btd", attend(q, k, v, mask=mask, prefix=before), w["o_nhd"]
-            )
+            out = attend(q, k, v, mask=mask, prefix=before)
+            x = x + project("btnh,nhd->btd", out, w["o_nhd"])
             h = rms_norm(x, w["mlp_norm_d"], c.rms_eps)
-            inner = jax.nn.silu(h @ w["gate_df"]) * (h @ w["up_df"])
-            x = x + inner @ w["down_fd"]
+            gate = jax.nn.silu(project("btd,df->btf", h, w["gate_df"]))
+            inner = gate * project("btd,df->btf", h, w["up_df"])
+            x = x + project("btf,fd->btd", inner, w["down_fd"])
             if deep is not None:
-                more = jnp.take(deep, jnp.minimum(index, len(deep) - 1), axis=0)
+                more = jax.lax.dynamic_index_in_dim(deep, index, keepdims=False)
                 x = x + jnp.where(index < len(deep), more, 0)
             return x, (k, v)
 
@@ -165,4 +166,5 @@ class TextDecoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
-        return jnp.matmul(hidden, self.head(), preferred_element_type=jnp.float32)
+        letters = "abcefg"[: hidden.ndim - 1]
+        return project(f"{letters}d,dv->{letters}v", hidden, self.head(), dtype=jnp.float32)

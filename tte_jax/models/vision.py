@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
 from tte_jax.nn.attention import attend
+from tte_jax.nn.linear import project
 from tte_jax.nn.norms import layer_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -33,10 +34,10 @@ def vision_attention(
     h: Float[Array, "G P E"], w: dict[str, Array], cos: Array, sin: Array, mask: Array
 ) -> Float[Array, "G P E"]:
     """Self-attention of one block on normed states; `mask` [G P P] says who sees whom."""
-    qkv = jnp.einsum("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
+    qkv = project("gpe,eanh->gpanh", h, w["qkv_e3nh"]) + w["qkv_bias_3nh"]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
-    return jnp.einsum("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
+    return project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
 
 
 class VisionBlocks(nnx.Module):
@@ -112,7 +113,8 @@ class VisionTower(nnx.Module):
           One feature per M patches, in order; those of padding are to be ignored.
         """
         c = self.config
-        x = jnp.einsum("gpc,ce->gpe", patches.astype(self.patch_ce[...].dtype), self.patch_ce[...])
+        patches = patches.astype(self.merge_norm_e[...].dtype)
+        x = project("gpc,ce->gpe", patches, self.patch_ce[...])
         cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         mask = segments[:, :, None] == segments[:, None, :]
 
@@ -120,13 +122,14 @@ class VisionTower(nnx.Module):
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
             x = x + vision_attention(h, w, cos, sin, mask)
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
-            h = h @ w["fc1_ef"] + w["fc1_bias_f"]
+            h = project("gpe,ef->gpf", h, w["fc1_ef"]) + w["fc1_bias_f"]
             h = h * jax.nn.sigmoid(1.702 * h)  # quick GELU
-            return x + h @ w["fc2_fe"] + w["fc2_bias_e"], None
+            return x + project("gpf,fe->gpe", h, w["fc2_fe"]) + w["fc2_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
         x = x.reshape(x.shape[0], -1, c.embed_dim * c.merged)
-        x = jax.nn.gelu(x @ self.merge1_gg[...] + self.merge1_bias_g[...], approximate=False)
-        return x @ self.merge2_gd[...] + self.merge2_bias_d[...]
+        x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
+        x = jax.nn.gelu(x, approximate=False)
+        return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import WindowedVisionConfig
 from tte_jax.models.vision import vision_attention, vision_rotary
+from tte_jax.nn.linear import project
 from tte_jax.nn.norms import rms_norm
 
 RMS_EPS = 1e-6  # fixed in the reference implementation
@@ -83,7 +84,8 @@ class WindowedVisionTower(nnx.Module):
           windows: one id per attention window, counted over the whole pack; 0 is padding.
         """
         c = self.config
-        x = jnp.einsum("gpc,ce->gpe", patches.astype(self.patch_ce[...].dtype), self.patch_ce[...])
+        patches = patches.astype(self.merge_norm_e[...].dtype)
+        x = project("gpc,ce->gpe", patches, self.patch_ce[...])
         cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         whole = segments[:, :, None] == segments[:, None, :]
         window = windows[:, :, None] == windows[:, None, :]
@@ -94,13 +96,14 @@ class WindowedVisionTower(nnx.Module):
             h = rms_norm(x, w["norm1_e"], RMS_EPS)
             x = x + vision_attention(h, w, cos, sin, jnp.where(is_full, whole, window))
             h = rms_norm(x, w["norm2_e"], RMS_EPS)
-            gate = jax.nn.silu(h @ w["gate_ef"] + w["gate_bias_f"])
-            inner = gate * (h @ w["up_ef"] + w["up_bias_f"])
-            return x + inner @ w["down_fe"] + w["down_bias_e"], None
+            gate = jax.nn.silu(project("gpe,ef->gpf", h, w["gate_ef"]) + w["gate_bias_f"])
+            inner = gate * (project("gpe,ef->gpf", h, w["up_ef"]) + w["up_bias_f"])
+            return x + project("gpf,fe->gpe", inner, w["down_fe"]) + w["down_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, (self.blocks.weights(), full), unroll=unroll)
         x = rms_norm(x, self.merge_norm_e[...], RMS_EPS)
         x = x.reshape(x.shape[0], -1, c.embed_dim * c.merged)
-        x = jax.nn.gelu(x @ self.merge1_gg[...] + self.merge1_bias_g[...], approximate=False)
-        return x @ self.merge2_gd[...] + self.merge2_bias_d[...]
+        x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
+        x = jax.nn.gelu(x, approximate=False)
+        return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import DeepStackVisionConfig
 from tte_jax.models.vision import LAYER_NORM_EPS, VisionBlocks, vision_attention, vision_rotary
+from tte_jax.nn.linear import lookup, project
 from tte_jax.nn.norms import layer_norm
 
 
@@ -48,8 +49,9 @@ class Merger(nnx.Module):
             x = x.reshape(x.shape[0], -1, self.wide)
         x = layer_norm(x, self.norm_e[...], self.norm_bias_e[...], LAYER_NORM_EPS)
         x = x.reshape(x.shape[0], -1, self.wide)
-        x = jax.nn.gelu(x @ self.fc1_gg[...] + self.fc1_bias_g[...], approximate=False)
-        return x @ self.fc2_gd[...] + self.fc2_bias_d[...]
+        x = project("gpi,io->gpo", x, self.fc1_gg[...]) + self.fc1_bias_g[...]
+        x = jax.nn.gelu(x, approximate=False)
+        return project("gpi,id->gpd", x, self.fc2_gd[...]) + self.fc2_bias_d[...]
 
 
 class DeepStackVisionTower(nnx.Module):
@@ -93,10 +95,10 @@ class DeepStackVisionTower(nnx.Module):
           For each vision token its embedding and the K vectors to add after text layers 0..K-1.
         """
         c = self.config
-        dtype = self.patch_ce[...].dtype
-        x = jnp.einsum("gpc,ce->gpe", patches.astype(dtype), self.patch_ce[...])
+        dtype = self.patch_bias_e[...].dtype
+        x = project("gpc,ce->gpe", patches.astype(dtype), self.patch_ce[...])
         x = x + self.patch_bias_e[...]
-        places = jnp.take(self.table_se[...], taps, axis=0)
+        places = lookup(self.table_se[...], taps)
         x = x + jnp.einsum("gpae,gpa->gpe", places, tap_weights).astype(dtype)
         cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         mask = segments[:, :, None] == segments[:, None, :]
@@ -105,15 +107,16 @@ class DeepStackVisionTower(nnx.Module):
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
             x = x + vision_attention(h, w, cos, sin, mask)
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
-            h = jax.nn.gelu(h @ w["fc1_ef"] + w["fc1_bias_f"], approximate=True)
-            return x + h @ w["fc2_fe"] + w["fc2_bias_e"], None
+            h = project("gpe,ef->gpf", h, w["fc1_ef"]) + w["fc1_bias_f"]
+            h = jax.nn.gelu(h, approximate=True)
+            return x + project("gpf,fe->gpe", h, w["fc2_fe"]) + w["fc2_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
         # One scan up to each tapped block, so that only the tapped states are kept.
         weights, begin = self.blocks.weights(), 0
         tapped: dict[int, Array] = {}
         for end in sorted({*(i + 1 for i in c.deepstack_blocks), c.depth}):
-            part = {k: w[begin:end] for k, w in weights.items()}
+            part = jax.tree.map(lambda w, b=begin, e=end: w[b:e], weights)
             x, _ = jax.lax.scan(body, x, part, unroll=unroll)
             tapped[end - 1] = x
             begin = end

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
+
+from tte_jax.nn.linear import explicit_spec
 
 # Finite, so that a row without any visible key gives a uniform softmax instead of NaN: the rows of
 # padding tokens are such rows, and nothing reads them.
@@ -57,6 +60,12 @@ def attend(
       The attended values in q's dtype.
     """
     batch, length, heads, size = q.shape
+    split, kv_split = explicit_spec(q), explicit_spec(k)
+    if split and kv_split and split[2] != kv_split[2]:
+        # A mesh that splits the query heads but is too wide for the key heads.
+        k, v = _for_each_query(k, q), _for_each_query(v, q)
+        if prefix is not None:
+            prefix = Prefix(_for_each_query(prefix.k, q), _for_each_query(prefix.v, q), prefix.mask)
     kv_heads = k.shape[2]
     groups = heads // kv_heads
     factor = size**-0.5 if scale is None else scale
@@ -76,6 +85,14 @@ def attend(
         else:
             out += jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], prefix.v)
     return out.reshape(batch, length, heads, size)
+
+
+def _for_each_query(kv: Array, q: Array) -> Array:
+    """[B S K H] → [B S N H], split like the heads of q: each device holds what its heads need."""
+    spec = explicit_spec(kv), explicit_spec(q)
+    assert spec[0] is not None and spec[1] is not None
+    repeated = jnp.repeat(kv, q.shape[2] // kv.shape[2], axis=2)
+    return jax.sharding.reshard(repeated, PartitionSpec(spec[0][0], None, spec[1][2], None))
 
 
 def _logits(q_btkgh: Array, k: Array, mask: Array) -> Array:

@@ -5,7 +5,8 @@ its own dimensions (`q_dnh`: in = D, out = N x H). One rule covers them all:
 
     ours = hf.reshape(out, in).T.reshape(our shape)
 
-so an entry only says which of our leading dimensions are the input side.
+so an entry only says which of our leading dimensions are the input side. `Entry.matrix` is that
+rule, backwards, as a view: loading fills it from the file, a part at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from tte_jax.models.config import (
     VisionConfig,
     WindowedVisionConfig,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,23 @@ class Entry:
     def stacked(self) -> bool:
         return "{l}" in self.name
 
-    def to_jax(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """One layer's tensor as in the file → our layout `shape` (without L)."""
+    def sides(self, ours: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+        """What belongs to each of our dimensions (without L), sorted into the rows and the columns
+        of the file's matrix."""
         if self.inputs:
-            value = value.reshape(value.shape[0], -1).T
-        return value.reshape(shape)
+            return ours[self.inputs :], ours[: self.inputs]
+        rows = 1 if len(self.hf_shape) > 1 else len(ours)
+        return ours[:rows], ours[rows:]
+
+    def matrix(self, value: np.ndarray) -> np.ndarray:
+        """One layer in our layout, or a part of it, as the file's matrix [rows, columns]; a view
+        where `value` is contiguous."""
+        rows, columns = (prod(side) for side in self.sides(value.shape))
+        return value.reshape(columns, rows).T if self.inputs else value.reshape(rows, columns)
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `to_jax`."""
-        if self.inputs:
-            rows = int(np.prod(value.shape[: self.inputs]))
-            value = value.reshape(rows, -1).T
-        return np.ascontiguousarray(value.reshape(self.hf_shape))
+        """One layer in our layout → the tensor in the file."""
+        return np.ascontiguousarray(self.matrix(value)).reshape(self.hf_shape)
 
 
 def entries(config: ModelConfig) -> list[Entry]:

@@ -1,0 +1,113 @@
+"""Weights as int8: how far a value moves, what is left alone, and what the model says with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tte_jax
+from tests.models.conftest import Checkpoint, images_batch, text_batch
+from tte_jax.errors import InvalidInputError, UnsupportedError
+from tte_jax.nn.linear import Int8Weight, project, quantise
+from tte_jax.weights import hf
+from tte_jax.weights.table import entries
+
+
+def parameters(model: tte_jax.Model) -> dict[str, jax.Array | Int8Weight]:
+    pure = nnx.to_pure_dict(nnx.state(model.module))
+    leaves = jax.tree_util.tree_leaves_with_path(pure, is_leaf=lambda x: isinstance(x, Int8Weight))
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def last_states(model: tte_jax.Model, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """[B, D] L2-normalised states of each row's last real token (padding is on the left)."""
+    states = model(**batch).last_hidden_state[:, -1].astype(np.float32)
+    return states / np.linalg.norm(states, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3"])
+def test_embeddings_stay_where_they_were(saved: Callable[..., Checkpoint], family: str) -> None:
+    path = saved(family, tied=False).path
+    batch = text_batch("left") if family == "qwen3" else images_batch("left")
+    full = last_states(tte_jax.load_model(path), batch)
+    int8 = last_states(tte_jax.load_model(path, quantise="int8"), batch)
+    cosines = (full * int8).sum(-1)
+    # Towers with weights 8 times the usual amplify any rounding: bfloat16 moves such rows to 0.98.
+    texts = slice(None) if family == "qwen3" else slice(2, 3)
+    assert cosines[texts].min() > 0.999 and cosines.min() > 0.995
+    assert cosines.max() < 1 - 1e-6  # really other weights
+    assert (full @ full.T - np.eye(len(full))).max() < 0.99  # else anything would be close
+
+
+def test_each_value_moves_by_half_a_scale_at_most(saved: Callable[..., Checkpoint]) -> None:
+    path = saved("qwen3_vl", tied=False).path
+    model = tte_jax.load_model(path)
+    before, after = parameters(model), parameters(tte_jax.load_model(path, quantise="int8"))
+    assert before.keys() == after.keys()
+    linear = {e.path: (int(e.stacked), e.inputs) for e in entries(model.config) if e.inputs}
+    assert {name for name, w in after.items() if isinstance(w, Int8Weight)} == linear.keys()
+    for name, whole in before.items():
+        w, changed = np.asarray(whole), after[name]
+        if not isinstance(changed, Int8Weight):
+            np.testing.assert_array_equal(np.asarray(changed), w, err_msg=name)
+            continue
+        first, inputs = linear[name]
+        summed = tuple(range(first, first + inputs))
+        assert changed.q.dtype == jnp.int8 and changed.scale.dtype == jnp.float32
+        scale = np.asarray(changed.scale)
+        np.testing.assert_allclose(scale, np.abs(w).max(summed, keepdims=True) / 127, rtol=1e-6)
+        moved = np.abs(np.asarray(changed.q, np.float32) * scale - w)
+        assert (moved <= scale * 0.5001).all(), name
+        assert np.abs(np.asarray(changed.q)).max() == 127
+
+
+def test_product_is_that_of_the_rounded_weight() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    w[..., 2] = 0  # a channel without any weight
+    int8 = quantise(jnp.asarray(w), (0, 1))
+    x = jnp.asarray(rng.standard_normal((2, 6, 3, 4)).astype(np.float32))
+    rounded = np.asarray(int8.q, np.float32) * np.asarray(int8.scale)
+    ours = project("btnh,nhd->btd", x, int8)
+    np.testing.assert_allclose(ours, np.einsum("btnh,nhd->btd", x, rounded), rtol=0, atol=1e-5)
+    assert not np.asarray(ours)[..., 2].any()
+    np.testing.assert_allclose(int8[:, 1:3], rounded[:, 1:3], rtol=1e-6)
+    half = project("btnh,nhd->btd", x.astype(jnp.bfloat16), int8)
+    assert half.dtype == jnp.bfloat16
+
+
+def test_memory_is_a_quarter_of_float32(saved: Callable[..., Checkpoint]) -> None:
+    path = saved("qwen2_vl", tied=True).path
+    full = tte_jax.load_model(path)
+    int8 = tte_jax.load_model(path, quantise="int8")
+    linear = {e.path for e in entries(full.config) if e.inputs}
+    before = sum(w.nbytes for name, w in parameters(full).items() if name in linear)
+    quantised = [w for w in parameters(int8).values() if isinstance(w, Int8Weight)]
+    assert before / 4 < sum(w.q.nbytes + w.scale.nbytes for w in quantised) < 0.3 * before
+
+
+def test_generation(saved: Callable[..., Checkpoint]) -> None:
+    batch = text_batch("right")
+    model = tte_jax.load_model(saved("qwen3", tied=False).path, quantise="int8")
+    out = model.generate(**batch, max_new_tokens=3)
+    assert out.shape == (4, batch["input_ids"].shape[1] + 3)
+    first = model(**batch).logits[0, int(batch["attention_mask"][0].sum()) - 1].argmax()
+    assert out[0, -3] == first
+
+
+def test_other_names_are_refused(saved: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(InvalidInputError, match="'int4'.*int8"):
+        tte_jax.load_model(saved("qwen3", tied=True).path, quantise="int4")
+
+
+def test_int8_is_not_exported(saved: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    model = tte_jax.load_model(saved("qwen3", tied=True).path, quantise="int8")
+    with pytest.raises(UnsupportedError, match="without quantise"):
+        hf.export(model.module, tmp_path)
+    assert not list(tmp_path.iterdir())

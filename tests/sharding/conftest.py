@@ -1,0 +1,3 @@
+"""The tiny checkpoints of the model tests."""
+
+from tests.models.conftest import saved  # noqa: F401  (a fixture)

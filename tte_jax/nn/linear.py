@@ -1,0 +1,125 @@
+"""Products with weights and look-ups in tables: the one seam through which models read matrices.
+
+Two things are decided here so that model code needs not know them. A weight may be int8 with
+scales (`Int8Weight`). And on a mesh with explicit axis types every product has a sharding in its
+type, which JAX refuses to guess where both sides of a sum are split; `project` derives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+TENSOR_AXIS = "tp"
+"""The mesh axis that splits the computation; the others split the batch or only the storage."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight as int8 with one scale for each output channel: w = q * scale.
+
+    Attributes:
+      q: int8, the weight's shape.
+      scale: float32, the same rank, 1 in the dimensions that are summed over.
+    """
+
+    q: Array
+    scale: Array
+
+    def __getitem__(self, index: Any) -> Any:
+        """Float values of a part; `[...]`, with which models read their parameters, is itself."""
+        if index is ...:
+            return self
+        scale = jnp.broadcast_to(self.scale, self.q.shape)
+        return self.q[index].astype(jnp.float32) * scale[index]
+
+
+Weight = Array | Int8Weight
+
+
+@partial(jax.jit, static_argnames="inputs")
+def quantise(w: Array, inputs: tuple[int, ...]) -> Int8Weight:
+    """Symmetric int8 by the largest value of each output channel, rounded to the nearest.
+
+    No value moves by more than half a scale. On a mesh the integers lie as the weight does.
+
+    Args:
+      inputs: the dimensions of the weight that its product sums over.
+    """
+    w = w.astype(jnp.float32)
+    scale = jnp.abs(w).max(axis=inputs, keepdims=True) / 127
+    q = jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    if (split := explicit_spec(scale)) is not None:
+        # Scales meet the product, which is split over "tp" alone.
+        spec = PartitionSpec(*(axis if axis == TENSOR_AXIS else None for axis in split))
+        scale = jax.sharding.reshard(scale, NamedSharding(jax.typeof(scale).sharding.mesh, spec))
+    return Int8Weight(q, scale)
+
+
+def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array:
+    """`einsum(subscripts, x, w)` of activations and a weight.
+
+    On an explicit mesh: what the activations keep stays sharded as it is, an output dimension of
+    the weight stays split over "tp", and a sum over a split dimension is completed (all-reduce).
+    Storage sharding (FSDP) never reaches the activations: such weights are gathered for the
+    product.
+
+    Args:
+      subscripts: two operands; no letter twice in one of them.
+      w: `Int8Weight`: its scales are applied to the product.
+      dtype: of the result; None = x's.
+    """
+    if isinstance(w, Int8Weight):
+        product = _einsum(subscripts, x, w.q.astype(x.dtype), jnp.float32)
+        return (product * _output_scale(subscripts, w)).astype(dtype or x.dtype)
+    return _einsum(subscripts, x, w, dtype)
+
+
+def lookup(table: Array, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """Rows of a table [V D], sharded as `rows`; a row beyond the table is NaN."""
+    spec = explicit_spec(rows)
+    sharding = None if spec is None else PartitionSpec(*spec, None)
+    return table.at[rows].get(mode="fill", out_sharding=sharding)
+
+
+def explicit_spec(x: Array) -> tuple[Any, ...] | None:
+    """The sharding in x's type, one entry a dimension; None unless on an explicit mesh."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _einsum(subscripts: str, x: Array, w: Array, dtype: Any) -> Array:
+    return jnp.einsum(
+        subscripts, x, w, preferred_element_type=dtype, out_sharding=_product(subscripts, x, w)
+    )
+
+
+def _product(subscripts: str, x: Array, w: Array) -> PartitionSpec | None:
+    of_x, of_w = explicit_spec(x), explicit_spec(w)
+    if of_x is None or of_w is None:
+        return None
+    operands, out = subscripts.split("->")
+    letters_x, letters_w = operands.split(",")
+    kept = dict(zip(letters_x, of_x, strict=True))
+    split = {n: a for n, a in zip(letters_w, of_w, strict=True) if a == TENSOR_AXIS}
+    return PartitionSpec(*(kept[n] if n in kept else split.get(n) for n in out))
+
+
+def _output_scale(subscripts: str, w: Int8Weight) -> Array:
+    """The scales in the order of the result's dimensions, ready to be broadcast."""
+    operands, out = subscripts.split("->")
+    letters = operands.split(",")[1]
+    summed = tuple(i for i, n in enumerate(letters) if n not in out)
+    kept = "".join(n for n in letters if n in out)
+    assert out.endswith(kept), subscripts
+    return w.scale.squeeze(summed)
