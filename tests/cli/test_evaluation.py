@@ -114,6 +114,8 @@ def test_run_resume_report_compare(
     compared = tte("eval", "compare", out / "none", out / "full64", "--json")
     assert compared.exit_code == 0, compared.output
     assert document(compared)["tasks"]["SUN397"]["queries"] == 3
+    gate = ("eval", "compare", "--gate")
+    assert tte(*gate, out / "none", out / "none").exit_code == 0
     many = tte("eval", "compare", out, out / "none")
     assert many.exit_code == 2 and "holds 4 runs" in many.stderr
 
@@ -149,3 +151,26 @@ def test_no_data_folder(tte: Tte) -> None:
     result = tte("eval", "mmeb-v2")
     assert result.exit_code == 2 and "is no folder" in result.stderr
     assert tte("eval", "report", "nowhere").exit_code == 3
+
+
+def test_mini(tte: Tte, tmp_path: Path, embedder: FakeEmbedder) -> None:
+    flags = ("eval", "mini", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    ran = tte(*flags, "--queries", "3", "--ecr", "none", "--json")
+    assert ran.exit_code == 0, ran.output
+    (run,) = document(ran)["runs"]
+    assert list(run["tasks"]) == ["mini-classification", "mini-composed", "mini-i2i", "mini-t2i"]
+    other = tte(*flags, "--queries", "4")
+    assert other.exit_code == 2 and "with 3 queries a task" in " ".join(other.stderr.split())
+
+
+def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:
+    for name, predictions in (("good", ["a"] * 50), ("bad", ["a"] * 20 + ["x"] * 30)):
+        folder = tmp_path / name / "image"
+        folder.mkdir(parents=True)
+        rows = [{"prediction": [p], "label": ["a"], "rel_scores": None} for p in predictions]
+        (folder / "SUN397_pred.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "SUN397_score.json").write_text('{"hit@1": 0.0}')
+    flags = ("eval", "compare", "--gate")
+    assert tte(*flags, tmp_path / "bad", tmp_path / "good").exit_code == 0
+    dropped = tte(*flags, tmp_path / "good", tmp_path / "bad")
+    assert dropped.exit_code == 1 and "does not pass" in dropped.stderr

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from tte_jax.cli import evaluation_run, exits, options
 from tte_jax.cli.output import Output
+from tte_jax.cli.progress import bar
 from tte_jax.errors import InvalidInputError
+from tte_jax.evaluation import mini
 from tte_jax.evaluation import report as reports
 from tte_jax.evaluation.arms import grid
 from tte_jax.evaluation.metrics import Mode
@@ -149,6 +151,76 @@ def mmeb_v2(
         raise typer.Exit(exits.FAILED)
 
 
+@app.command("mini")
+def mini_mmeb(
+    data: Annotated[Path, typer.Option(help="Where the pictures and rows are made, once.")] = Path(
+        ".tte/mini-mmeb"
+    ),
+    out_dir: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
+        "results/mini-mmeb"
+    ),
+    queries: Annotated[int, typer.Option(help="Queries of each task.")] = 40,
+    build_only: Annotated[
+        bool, typer.Option(help="Only make the data and their manifest.")
+    ] = False,
+    ecr: Annotated[str, typer.Option(help="Arms: none, full, think, answer.")] = "none,full",
+    rerank: Annotated[str, typer.Option(help="Arms: off, ecrr, ecrr+qar.")] = "off",
+    budgets: Annotated[str, typer.Option(help="Arms: tokens of an ECR.")] = "64",
+    depths: Annotated[str, typer.Option(help="Arms: candidates to rerank.")] = "10",
+    qar_depth: Annotated[int, typer.Option(help="Candidates that QAR rewrites.")] = 10,
+    qar_tokens: Annotated[int, typer.Option(help="Tokens of each rewrite.")] = 64,
+    models: options.Models = None,
+    services: Annotated[bool, typer.Option(help="Use the running model services.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Searches at once.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Run again what is done.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Build and run mini-MMEB: four image tasks from emoji packages, in MMEB-V2's layout.
+
+    For regressions between two versions of a model; no MMEB-V2 figures.
+    """
+    out = Output(json=json)
+    arms = grid(
+        _words(ecr),
+        _words(rerank),
+        budgets=_numbers(budgets, "--budgets"),
+        depths=_numbers(depths, "--depths"),
+        rewrites=qar_depth,
+        rewrite_tokens=qar_tokens,
+    )
+    data.mkdir(parents=True, exist_ok=True)
+    with bar("Drawing mini-MMEB", queries, out) as progress:
+        manifest = mini.build(data, queries=queries, progress=progress)
+    out.note(f"{len(manifest['files'])} files in {data}, as its manifest says")
+    if build_only:
+        out.document(lambda: manifest)
+        return
+    plan = evaluation_run.Plan(
+        infos=mini.DATASETS,
+        data=data,
+        out=out_dir,
+        arms=arms,
+        mode=Mode.EXACT,
+        limit=0,
+        frames=8,
+        both_sides=False,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        instructions={},
+        instructions_from="in the rows",
+        ecrs=None,
+        rankings=None,
+        models=models,
+        services=services,
+    )
+    failed = asyncio.run(evaluation_run.run(plan, out))
+    runs = reports.find_runs([out_dir])
+    show_runs(runs, out)
+    out.document(lambda: reports.as_json(runs) | {"failed": failed})
+    if failed:
+        raise typer.Exit(exits.FAILED)
+
+
 @app.command("report")
 def report(
     folders: Annotated[
@@ -192,6 +264,9 @@ def compare(
     first: Annotated[Path, typer.Argument(help="A run's folder.")],
     second: Annotated[Path, typer.Argument(help="Another's, over the same queries.")],
     metric_mode: _Mode = Mode.EXACT,
+    gate: Annotated[
+        bool, typer.Option(help="Exit code 1 when the second run is significantly worse.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Whether the second run is better than the first: paired, task by task."""
@@ -229,6 +304,10 @@ def compare(
             "only_second": list(found.only_b),
         }
     )
+    if gate and (o.high < 0 or found.only_a):
+        what = f"it lacks {', '.join(found.only_a)}" if found.only_a else "it is worse"
+        out.err.print(f"[bold red]{escape(str(second))} does not pass:[/] {escape(what)}")
+        raise typer.Exit(exits.FAILED)
 
 
 def show_runs(runs: list[reports.Run], out: Output) -> None:
