@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from tte_jax.cli import (
     demo,
     documents,
+    evaluation,
     ingest,
     models,
     options,
@@ -89,6 +90,7 @@ app.command("embed")(models.embed)
 app.command("rerank")(models.rerank)
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
+app.add_typer(evaluation.app)
 
 
 def main() -> None:

@@ -1,0 +1,176 @@
+"""`tte eval` as a user calls it: output, files, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker
+from tests.cli.conftest import Tte, document
+from tests.evaluation import layouts
+from tte_jax.cli import evaluation_run
+from tte_jax.evaluation.runner import Stages
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mmeb")
+    layouts.write_images(root)
+    layouts.write_pages(root)
+    return root
+
+
+@pytest.fixture
+def embedder(monkeypatch: pytest.MonkeyPatch) -> FakeEmbedder:
+    """The runs' models: those of tests/cascade, which read pictures as text of no sense."""
+    made = _Embedder()
+
+    @contextlib.asynccontextmanager
+    async def opened(plan: evaluation_run.Plan) -> AsyncIterator[Stages]:
+        yield Stages(_Reasoner(), made, FakeReranker(), {"embedder": {"version": "fake"}})
+
+    monkeypatch.setattr(evaluation_run, "open_stages", opened)
+    return made
+
+
+class _Reasoner(FakeReasoner):
+    async def reason(self, items, **kwargs):  # noqa: ANN001, ANN003, ANN201
+        return await super().reason([_worded(i) for i in items], **kwargs)
+
+
+class _Embedder(FakeEmbedder):
+    async def embed(self, items, **kwargs):  # noqa: ANN001, ANN003, ANN201
+        return await super().embed([_worded(i) for i in items], **kwargs)
+
+
+def _worded(item):  # noqa: ANN001, ANN202
+    from dataclasses import replace
+
+    from tte_jax.content import Content
+
+    content = item.content
+    letters = "".join(chr(97 + m.data[-20] % 26) for m in content.media)
+    return replace(item, content=Content.of(content.text or letters or "x"))
+
+
+def test_list(tte: Tte) -> None:
+    rows = document(tte("eval", "mmeb-v2", "--list", "--json"))
+    assert len(rows) == 78
+    assert {"name", "modality", "pool", "metric"} <= rows[0].keys()
+    shown = tte("eval", "mmeb-v2", "--list", "--tasks", "video/qa")
+    assert shown.exit_code == 0 and "Video-MME" in shown.output and "GQA" not in shown.output
+
+
+def test_missing_data_is_a_list_of_what_to_get(tte: Tte, tmp_path: Path) -> None:
+    result = tte("eval", "mmeb-v2", "--data", tmp_path, "--tasks", "MSVD", "--json")
+    assert result.exit_code == 3
+    error = document(result)["error"]
+    assert error["reason"] == "MISSING_DATA"
+    assert "hf download --repo-type dataset VLM2Vec/MSVD" in error["message"]
+    assert "Error:" in result.stderr and "Traceback" not in result.output
+
+
+def test_run_resume_report_compare(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    out = tmp_path / "out"
+    flags = ("eval", "mmeb-v2", "--data", data, "--out", out, "--tasks", "SUN397,ViDoRe_docvqa")
+    arms = ("--ecr", "none,full", "--rerank", "off,ecrr", "--depths", "2", "--json")
+    ran = tte(*flags, *arms)
+    assert ran.exit_code == 0, ran.output
+    shown = document(ran)
+    assert {run["name"] for run in shown["runs"]} == {
+        "out/none",
+        "out/none-ecrr2",
+        "out/full64",
+        "out/full64-ecrr2",
+    }
+    # A part of the benchmark has no mean, and no All.
+    assert all(m["value"] is None for run in shown["runs"] for m in run["means"].values())
+    about = json.loads((out / "full64-ecrr2/image/SUN397_info.json").read_text())
+    assert about["settings"]["models"] == {"embedder": {"version": "fake"}}
+    assert about["settings"]["page_fix"] is True and about["arm"]["depth"] == 2
+    assert about["tokens_per_query"] > 0 and "interval" in about
+
+    calls = embedder.calls
+    again = tte(*flags, *arms)
+    assert again.exit_code == 0 and embedder.calls == calls
+    assert "SUN397: done before" in again.stderr
+    other = tte(*flags, *arms, "--limit", "2")
+    assert other.exit_code == 2 and "other settings (limit)" in other.stderr
+
+    page = tmp_path / "page.html"
+    shown = tte("eval", "report", out, "--html", page)
+    assert shown.exit_code == 0, shown.output
+    assert "(1 of 36)" in shown.output and "SUN397" in shown.output
+    text = page.read_text()
+    assert "Quality against tokens" in text and "data:image/png;base64," in text
+    assert "Wrong answers" in text and "class='case'" in text
+
+    compared = tte("eval", "compare", out / "none", out / "full64", "--json")
+    assert compared.exit_code == 0, compared.output
+    assert document(compared)["tasks"]["SUN397"]["queries"] == 3
+    gate = ("eval", "compare", "--gate")
+    assert tte(*gate, out / "none", out / "none").exit_code == 0
+    many = tte("eval", "compare", out, out / "none")
+    assert many.exit_code == 2 and "holds 4 runs" in many.stderr
+
+
+def test_missing_tasks_are_left_out_only_when_asked(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    flags = ("eval", "mmeb-v2", "--data", data, "--out", tmp_path, "--tasks", "SUN397,MSVD")
+    assert tte(*flags).exit_code == 3
+    partly = tte(*flags, "--ecr", "none", "--skip-missing", "--json")
+    assert partly.exit_code == 1
+    assert document(partly)["left_out"] == ["MSVD"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--tasks", "Imagenet"), "Did you mean ImageNet-1K"),
+        (("--ecr", "some"), "'some' is not one of none, full, think, answer"),
+        (("--budgets", "many"), "no list of whole numbers"),
+        (("--depths", "0"), "at least 1"),
+        (("--shard", "3/2"), "is not i/n"),
+        (("--instructions", "nowhere.json"), "no instructions file"),
+    ],
+)
+def test_bad_input_is_named(flags: tuple[str, ...], named: str, tte: Tte, data: Path) -> None:
+    result = tte("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397", *flags)
+    assert result.exit_code in (2, 3)
+    assert named in " ".join(result.stderr.split())
+
+
+def test_no_data_folder(tte: Tte) -> None:
+    result = tte("eval", "mmeb-v2")
+    assert result.exit_code == 2 and "is no folder" in result.stderr
+    assert tte("eval", "report", "nowhere").exit_code == 3
+
+
+def test_mini(tte: Tte, tmp_path: Path, embedder: FakeEmbedder) -> None:
+    flags = ("eval", "mini", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    ran = tte(*flags, "--queries", "3", "--ecr", "none", "--json")
+    assert ran.exit_code == 0, ran.output
+    (run,) = document(ran)["runs"]
+    assert list(run["tasks"]) == ["mini-classification", "mini-composed", "mini-i2i", "mini-t2i"]
+    other = tte(*flags, "--queries", "4")
+    assert other.exit_code == 2 and "with 3 queries a task" in " ".join(other.stderr.split())
+
+
+def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:
+    for name, predictions in (("good", ["a"] * 50), ("bad", ["a"] * 20 + ["x"] * 30)):
+        folder = tmp_path / name / "image"
+        folder.mkdir(parents=True)
+        rows = [{"prediction": [p], "label": ["a"], "rel_scores": None} for p in predictions]
+        (folder / "SUN397_pred.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "SUN397_score.json").write_text('{"hit@1": 0.0}')
+    flags = ("eval", "compare", "--gate")
+    assert tte(*flags, tmp_path / "bad", tmp_path / "good").exit_code == 0
+    dropped = tte(*flags, tmp_path / "good", tmp_path / "bad")
+    assert dropped.exit_code == 1 and "does not pass" in dropped.stderr

@@ -1,0 +1,119 @@
+"""The arms of an experiment: with which reasoning, reranked how, for which budget."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from tte_jax.content import Budget
+from tte_jax.errors import InvalidInputError
+
+
+class Ecr(enum.StrEnum):
+    """What of a reasoning (ECR) the embedder and the reranker read."""
+
+    NONE = "none"
+    FULL = "full"
+    THINK = "think"
+    ANSWER = "answer"
+
+
+class Rerank(enum.StrEnum):
+    """ECRR reranks by the ECRs that exist; QAR rewrites candidates' ECRs for the query first."""
+
+    OFF = "off"
+    ECRR = "ecrr"
+    QAR = "ecrr+qar"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of the cascade.
+
+    Attributes:
+      tokens: the hard limit of new tokens of an ECR; 0 without one.
+      depth: how many candidates are reranked; 0 = off.
+      rewrites, rewrite_tokens: how many candidates QAR rewrites, and with how many tokens each.
+    """
+
+    ecr: Ecr = Ecr.FULL
+    tokens: int = 64
+    depth: int = 0
+    rewrites: int = 0
+    rewrite_tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        """Fit for a folder: `none`, `full64`, `full64-ecrr10`, `full64-ecrr10-qar10x32`."""
+        parts = [str(self.ecr) + (str(self.tokens) if self.tokens else "")]
+        if self.depth:
+            parts.append(f"ecrr{self.depth}")
+        if self.rewrites:
+            parts.append(f"qar{self.rewrites}x{self.rewrite_tokens}")
+        return "-".join(parts)
+
+    def budget(self, *, candidates: int, reasons: bool) -> Budget:
+        """What one search may spend. `reasons`: whether this task's queries get an ECR."""
+        return Budget(
+            reasoning_tokens=self.tokens if reasons else 0,
+            candidates=candidates,
+            rewrite_depth=self.rewrites,
+            rewrite_tokens=self.rewrite_tokens,
+            rerank_depth=self.depth,
+        )
+
+    def as_json(self) -> dict[str, str | int]:
+        return {"name": self.name, **asdict(self), "ecr": str(self.ecr)}
+
+
+def grid(
+    ecrs: Sequence[str],
+    reranks: Sequence[str],
+    *,
+    budgets: Sequence[int],
+    depths: Sequence[int],
+    rewrites: int,
+    rewrite_tokens: int,
+) -> list[Arm]:
+    """Every combination, each once: no budget without an ECR, no depth without a rerank.
+
+    Raises InvalidInputError for unknown words and numbers that cannot be.
+    """
+    for flag, numbers in (("--budgets", budgets), ("--depths", depths)):
+        if not numbers or min(numbers) < 1:
+            raise InvalidInputError(
+                f"{flag} needs whole numbers of at least 1, got {list(numbers)}; "
+                "--ecr none and --rerank off are the arms without.",
+                field=flag,
+            )
+    if rewrites < 1 or rewrite_tokens < 1:
+        raise InvalidInputError(
+            f"--qar-depth is {rewrites} and --qar-tokens {rewrite_tokens}; expected at least 1.",
+            field="--qar-depth",
+        )
+    arms: dict[Arm, None] = {}
+    for ecr, rerank in itertools.product(
+        [_word(Ecr, e, "--ecr") for e in ecrs], [_word(Rerank, r, "--rerank") for r in reranks]
+    ):
+        for tokens in budgets if ecr is not Ecr.NONE else (0,):
+            for depth in depths if rerank is not Rerank.OFF else (0,):
+                qar = rerank is Rerank.QAR
+                # A rewrite beyond what is reranked afterwards is spent for nothing.
+                count = min(rewrites, depth) if qar else 0
+                arms[Arm(ecr, tokens, depth, count, rewrite_tokens if qar else 0)] = None
+    return list(arms)
+
+
+W = TypeVar("W", Ecr, Rerank)
+
+
+def _word(kind: type[W], word: str, flag: str) -> W:
+    try:
+        return kind(word)
+    except ValueError:
+        raise InvalidInputError(
+            f"{flag} {word!r} is not one of {', '.join(kind)}.", field=flag
+        ) from None
