@@ -8,10 +8,11 @@ deleted documents are never given out again, so "everything after sequence s" is
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tte_jax.content import Metadata, Reasoning
@@ -46,6 +47,7 @@ __all__ = [
 
 DATABASE = "corpus.sqlite3"
 LOCK = "corpus.lock"
+_SNAPSHOTS = "snapshots"
 
 
 class CorpusStore:
@@ -165,6 +167,14 @@ class CorpusStore:
             if up_to > rows.number(db, "horizon"):
                 db.execute("DELETE FROM tombstones WHERE sequence <= ?", (up_to,))
                 rows.set_value(db, "horizon", up_to)
+
+    def record_snapshots(self, digests: Mapping[int, str]) -> None:
+        """Keep the digest of each snapshot (by sequence); others are not to be trusted."""
+        self.set_value(_SNAPSHOTS, json.dumps(dict(digests)))
+
+    def snapshot_digests(self) -> dict[int, str]:
+        """Sequence → digest of the snapshots that this corpus has written and kept."""
+        return {int(k): str(v) for k, v in json.loads(self.value(_SNAPSHOTS) or "{}").items()}
 
     def set_value(self, key: str, value: str) -> None:
         """Keep a small setting of the corpus (such as where its media are)."""

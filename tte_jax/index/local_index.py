@@ -14,7 +14,8 @@ from tte_jax.content import Document, Usage
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
 from tte_jax.index.live import RebuildReport
-from tte_jax.index.service_index import CorpusIndex, Fetched, IndexStats, SnapshotReport
+from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
+from tte_jax.index.service_index import CorpusIndex
 from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 T = TypeVar("T")

@@ -28,6 +28,7 @@ def recover(store: CorpusStore, snapshot_root: Path) -> tuple[Rows, int]:
         corpus_id=store.corpus_id,
         horizon=store.horizon,
         sequence=store.sequence,
+        known=store.snapshot_digests(),
     )
     if found is not None:
         sequence, base = found

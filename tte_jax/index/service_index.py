@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from tte_jax.content import Content, Document, Media, Text
-from tte_jax.corpus.media import open_media
+from tte_jax.corpus import garbage
+from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import (
     CorpusProfile,
     MediaRef,
@@ -23,68 +21,16 @@ from tte_jax.corpus.records import (
     validate_id,
 )
 from tte_jax.corpus.store import CorpusStore
-from tte_jax.errors import DataLossError, InvalidInputError, TteError
+from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
 from tte_jax.index import consistency, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
+from tte_jax.index.maintenance import Job, Maintenance
 from tte_jax.index.recovery import recover
+from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
 from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 log = logging.getLogger(__name__)
-
-_RETRY_REBUILD_S = 60.0
-
-
-@dataclass(frozen=True)
-class IndexStats:
-    """State of a corpus and its index.
-
-    Attributes:
-      documents: live documents.
-      sequence: number of the last write.
-      dimension: D of the vectors, 0 while empty.
-      embedder_version: what made the vectors, "" while empty.
-      searcher: "exact", "scann-ah" or "scann-tree-ah".
-      generation: counts rebuilds, from 1.
-      delta_rows: live rows written since the generation was built (searched exactly).
-      dead_rows: rows deleted or replaced that a rebuild will drop.
-      rebuilding: whether a rebuild runs.
-      canary_recall: recall@10 of the serving searcher on its canary sample.
-      snapshot_sequence: sequence of the newest snapshot, 0 = none.
-      database_bytes: bytes of the database, its log and the snapshots.
-      media_bytes: bytes of the documents' media.
-      last_error: why the last rebuild or snapshot in the background failed; "" = it did not.
-    """
-
-    documents: int
-    sequence: int
-    dimension: int
-    embedder_version: str
-    searcher: str
-    generation: int
-    delta_rows: int
-    dead_rows: int
-    rebuilding: bool
-    canary_recall: float
-    snapshot_sequence: int
-    database_bytes: int
-    media_bytes: int
-    last_error: str
-
-
-class Fetched(NamedTuple):
-    """A stored document and what it was made of, from one read."""
-
-    document: Document
-    versions: StoredVersions
-
-
-@dataclass(frozen=True)
-class SnapshotReport:
-    """A finished snapshot: the last write it contains, and its size."""
-
-    sequence: int
-    bytes: int
 
 
 class CorpusIndex:
@@ -118,11 +64,19 @@ class CorpusIndex:
             raise
         self._write_lock = threading.Lock()
         self._snapshot_lock = threading.Lock()
-        self._background: threading.Thread | None = None
-        self._retry_at = 0.0
-        self._last_error = ""
         self._closed = False
-        self._maintain()
+        # Only a process that died leaves garbage; listing an object store costs money.
+        self._garbage_due = isinstance(self.media, LocalMedia)
+        self.maintenance = Maintenance(
+            [
+                Job("rebuild", self._rebuild_due, self._rebuild_if_free),
+                Job("snapshot", self._snapshot_due, self.snapshot),
+                Job("recall", self._recall_due, lambda: self.live.measure_recall()),
+                Job("rebuild", self._rebuild_due, self._rebuild_if_free),
+                Job("media", lambda: self._garbage_due, self.collect_garbage),
+            ]
+        )
+        self.maintenance.poke()
 
     @classmethod
     def open(
@@ -183,7 +137,7 @@ class CorpusIndex:
                 ]
             )
             self._drop_media(old)
-        self._maintain()
+        self.maintenance.poke()
         return sequences[-1]
 
     def delete(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -198,7 +152,7 @@ class CorpusIndex:
             removed, unknown = self.store.delete(ids)
             self.live.apply(removed)
             self._drop_media(media)
-        self._maintain()
+        self.maintenance.poke()
         return [r.id for r in removed], unknown
 
     def search(self, vector: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
@@ -217,6 +171,8 @@ class CorpusIndex:
         if k < 1:
             raise InvalidInputError(f"k must be at least 1, got {k}", field="k")
         found = self.live.search(query, k, filter)
+        if self.live.queries.due:
+            self.maintenance.poke()
         reasonings = self.store.reasonings([f.id for f in found])
         if len(reasonings) < len(found):
             # Deleted between the two reads: look again, so that others can fill the places.
@@ -273,6 +229,7 @@ class CorpusIndex:
         profile = self.store.profile or CorpusProfile(0, "")
         generation = view.generation
         delta_live = int(view.delta_alive.sum())
+        measured = self.live.query_recall
         return IndexStats(
             documents=view.live,
             sequence=view.sequence,
@@ -284,11 +241,13 @@ class CorpusIndex:
             dead_rows=len(view.alive) + len(view.delta_alive) - view.live,
             rebuilding=self.live.rebuilding,
             canary_recall=generation.recall,
+            query_recall=measured.recall,
+            checked_queries=measured.queries,
             snapshot_sequence=self._snapshot_sequence,
             database_bytes=self.store.database_bytes()
             + sum(snapshots.size(path) for path in snapshots.listed(self._snapshots)),
             media_bytes=self.store.media_bytes(),
-            last_error=self._last_error,
+            last_error=self.maintenance.last_error,
         )
 
     def snapshot(self) -> SnapshotReport:
@@ -299,16 +258,21 @@ class CorpusIndex:
         """
         with self._snapshot_lock:
             view = self.live.view
+            known = self.store.snapshot_digests()
             path = snapshots.write(
                 self._snapshots,
                 view.gather(),
                 corpus_id=self.store.corpus_id,
                 sequence=view.sequence,
+                known=known,
             )
             self._snapshot_sequence = view.sequence
+            known[view.sequence] = snapshots.digest(path)
+            there = {int(p.name) for p in snapshots.listed(self._snapshots)}
+            kept = {number: digest for number, digest in known.items() if number in there}
+            self.store.record_snapshots(kept)
             # Replay from the oldest snapshot kept must stay possible.
-            oldest = int(snapshots.listed(self._snapshots)[-1].name)
-            self.store.forget_tombstones(oldest)
+            self.store.forget_tombstones(min(kept))
             return SnapshotReport(view.sequence, snapshots.size(path))
 
     def rebuild(self) -> RebuildReport:
@@ -317,6 +281,16 @@ class CorpusIndex:
         Raises: as `LiveIndex.rebuild`.
         """
         return self.live.rebuild()
+
+    def collect_garbage(self) -> int:
+        """Remove media files that no document names, beside serving; returns how many."""
+        self._garbage_due = False
+        return garbage.collect(
+            self.store,
+            self.media,
+            lambda: self._write_lock,
+            go_on=lambda: not self.maintenance.stopped,
+        )
 
     def verify(self, *, media: bool = True) -> list[str]:
         """Compare index, database and media; returns what is wrong, empty = all agree.
@@ -333,11 +307,11 @@ class CorpusIndex:
             if self._closed:
                 return
             self._closed = True
-        if self._background is not None:
-            # A searcher under construction cannot be interrupted and is not worth waiting for.
-            self._background.join(timeout=10.0)
+        # A searcher under construction is not worth waiting for.
+        self.maintenance.stop(timeout_s=10.0)
         try:
-            self._snapshot_if_due()
+            if self._snapshot_due():
+                self.snapshot()
         finally:
             self.store.close()
 
@@ -364,38 +338,21 @@ class CorpusIndex:
         except (OSError, TteError) as exc:
             log.warning("unneeded media files stay behind: %s", exc)
 
-    def _maintain(self) -> None:
-        """Start a rebuild or a snapshot in the background when one is due."""
-        with self._write_lock:
-            running = self._background is not None and self._background.is_alive()
-            if self._closed or running or self.live.rebuilding or time.monotonic() < self._retry_at:
-                return
-            if not self.live.needs_rebuild() and not self._snapshot_due():
-                return
-            self._background = threading.Thread(
-                target=self._maintain_now, name="index-maintenance", daemon=True
-            )
-            self._background.start()
+    def _rebuild_due(self) -> bool:
+        return self.live.needs_rebuild() and not self.live.rebuilding
 
-    def _maintain_now(self) -> None:
+    def _rebuild_if_free(self) -> None:
         try:
-            while self.live.needs_rebuild() and not self._closed:
-                self.live.rebuild()
-            if not self._closed:
-                self._snapshot_if_due()
-            self._last_error = ""
-        except Exception as exc:
-            # The old generation serves on; what failed is in the stats and tried again later.
-            log.exception("index maintenance failed")
-            self._last_error = exc.message if isinstance(exc, TteError) else type(exc).__name__
-            self._retry_at = time.monotonic() + _RETRY_REBUILD_S
+            self.live.rebuild()
+        except PreconditionError as exc:
+            if exc.reason != "REBUILD_RUNNING":
+                raise
+
+    def _recall_due(self) -> bool:
+        return self.live.needs_recall_check()
 
     def _snapshot_due(self) -> bool:
         return self.live.view.sequence - self._snapshot_sequence >= self._snapshot_every
-
-    def _snapshot_if_due(self) -> None:
-        if self._snapshot_due():
-            self.snapshot()
 
 
 def _limit_media(rows: Sequence[StoredDocument], limit: int) -> None:
