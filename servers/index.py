@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 NAME = "tte.v1.IndexService"
 CORPUS = "corpus"
+MOST_PROBLEMS = 1_000
 
 
 class IndexServicer(index_pb2_grpc.IndexServiceServicer):
@@ -122,6 +123,9 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             snapshot_sequence=stats.snapshot_sequence,
             database_bytes=stats.database_bytes,
             media_bytes=stats.media_bytes,
+            query_recall=stats.query_recall,
+            checked_queries=stats.checked_queries,
+            last_error=stats.last_error,
         )
 
     async def Snapshot(
@@ -140,6 +144,14 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             documents=report.rows,
             recall=report.recall,
             seconds=report.seconds,
+        )
+
+    async def Verify(
+        self, request: index_pb2.VerifyRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.VerifyResponse:
+        problems = await self._stage.verify(media=not request.omit_media, timeout_s=_left(context))
+        return index_pb2.VerifyResponse(
+            problems=problems[:MOST_PROBLEMS], documents=int(self.live_documents)
         )
 
 

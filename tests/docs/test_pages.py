@@ -85,6 +85,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_named_commands_and_modules_exist(page: Path) -> None:
     text = page.read_text()
     commands = {command.name for command in app.registered_commands}
+    commands |= {group.typer_instance.info.name for group in app.registered_groups}
     shown = set(re.findall(r"^(?:\.venv/bin/)?tte ([a-z]+)", text, re.M))
     shown |= set(re.findall(r"`(?:\.venv/bin/)?tte ([a-z]+)", text))
     assert shown <= commands

@@ -139,6 +139,7 @@ async def test_stats_snapshot_and_rebuild(stub):
     assert (after.generation, after.delta_documents, after.tombstones) == (2, 0, 0)
     assert after.snapshot_sequence == 22
     assert after.database_bytes > snapshot.bytes
+    assert (after.query_recall, after.checked_queries, after.last_error) == (1.0, 0, "")
 
 
 async def test_errors_name_the_field_or_the_state(stub):
@@ -190,6 +191,17 @@ async def test_damaged_media_are_data_loss(stub, tmp_path):
     file.write_bytes(b"pnG")
     code, reason, _ = await refused(stub.Get(index_pb2.GetRequest(ids=["a"])))
     assert (code, reason) == (grpc.StatusCode.DATA_LOSS, "MEDIA_DAMAGED")
+
+
+async def test_verify_says_what_is_wrong(stub, tmp_path):
+    await stub.Upsert(upsert(make_entry("a", unit(1, 0), image=b"png")))
+    verified = await stub.Verify(index_pb2.VerifyRequest())
+    assert (list(verified.problems), verified.documents) == ([], 1)
+    (file,) = (tmp_path / "corpus" / "media").rglob(Media(b"png").sha256)
+    file.write_bytes(b"pnG")
+    verified = await stub.Verify(index_pb2.VerifyRequest())
+    assert len(verified.problems) == 1 and file.name in verified.problems[0]
+    assert not (await stub.Verify(index_pb2.VerifyRequest(omit_media=True))).problems
 
 
 async def test_searches_beside_writes_over_the_wire(stub):

@@ -416,6 +416,9 @@ class StatsResponse(_message.Message):
     SNAPSHOT_SEQUENCE_FIELD_NUMBER: _builtins.int
     DATABASE_BYTES_FIELD_NUMBER: _builtins.int
     MEDIA_BYTES_FIELD_NUMBER: _builtins.int
+    QUERY_RECALL_FIELD_NUMBER: _builtins.int
+    CHECKED_QUERIES_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
     documents: _builtins.int
     """Live documents."""
     sequence: _builtins.int
@@ -433,8 +436,8 @@ class StatsResponse(_message.Message):
     tombstones: _builtins.int
     """Deleted or replaced rows that the generation still holds and searches skip."""
     recall: _builtins.float
-    """Recall at 10 of this generation against exact search on the canary queries, in [0, 1]; 1 for
-    exact search.
+    """Recall of this generation against exact search on the canary queries, the lower of those at 10
+    and at 50, in [0, 1]; 1 for exact search.
     """
     rebuilding: _builtins.bool
     """A new generation is being built."""
@@ -444,6 +447,15 @@ class StatsResponse(_message.Message):
     """Bytes of the database and the snapshots."""
     media_bytes: _builtins.int
     """Bytes of stored media."""
+    query_recall: _builtins.float
+    """Recall of this generation against exact search on real queries, with the k and the filter that
+    they came with, in [0, 1]; 1 for exact search. Measured again from time to time; when it falls
+    below the target, the index is rebuilt.
+    """
+    checked_queries: _builtins.int
+    """How many queries `query_recall` was measured on; 0 = not measured yet."""
+    last_error: _builtins.str
+    """Why the last work in the background (rebuild, snapshot) failed; empty = it did not."""
     def __init__(
         self,
         *,
@@ -460,10 +472,13 @@ class StatsResponse(_message.Message):
         snapshot_sequence: _builtins.int = ...,
         database_bytes: _builtins.int = ...,
         media_bytes: _builtins.int = ...,
+        query_recall: _builtins.float = ...,
+        checked_queries: _builtins.int = ...,
+        last_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_bytes", b"database_bytes", "delta_documents", b"delta_documents", "dimension", b"dimension", "documents", b"documents", "embedder_version", b"embedder_version", "generation", b"generation", "kind", b"kind", "media_bytes", b"media_bytes", "rebuilding", b"rebuilding", "recall", b"recall", "sequence", b"sequence", "snapshot_sequence", b"snapshot_sequence", "tombstones", b"tombstones"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_queries", b"checked_queries", "database_bytes", b"database_bytes", "delta_documents", b"delta_documents", "dimension", b"dimension", "documents", b"documents", "embedder_version", b"embedder_version", "generation", b"generation", "kind", b"kind", "last_error", b"last_error", "media_bytes", b"media_bytes", "query_recall", b"query_recall", "rebuilding", b"rebuilding", "recall", b"recall", "sequence", b"sequence", "snapshot_sequence", b"snapshot_sequence", "tombstones", b"tombstones"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,7 +562,7 @@ class RebuildResponse(_message.Message):
     documents: _builtins.int
     """Documents in it."""
     recall: _builtins.float
-    """Recall at 10 against exact search on the canary queries, in [0, 1]."""
+    """Recall against exact search on the canary queries, in [0, 1]."""
     seconds: _builtins.float
     """How long it took."""
     def __init__(
@@ -566,3 +581,53 @@ class RebuildResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RebuildResponse: _TypeAlias = RebuildResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRequest(_message.Message):
+    """Request of `Verify`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OMIT_MEDIA_FIELD_NUMBER: _builtins.int
+    omit_media: _builtins.bool
+    """True does not read the media files, which takes longest."""
+    def __init__(
+        self,
+        *,
+        omit_media: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_media", b"omit_media"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRequest: _TypeAlias = VerifyRequest  # noqa: Y015
+
+@_typing.final
+class VerifyResponse(_message.Message):
+    """Response of `Verify`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    documents: _builtins.int
+    """Live documents that were compared."""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is wrong, one sentence each, at most 1,000; empty = index, database and media agree."""
+
+    def __init__(
+        self,
+        *,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+        documents: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "problems", b"problems"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015

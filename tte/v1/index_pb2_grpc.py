@@ -75,6 +75,11 @@ class IndexServiceStub:
                 request_serializer=tte_dot_v1_dot_index__pb2.RebuildRequest.SerializeToString,
                 response_deserializer=tte_dot_v1_dot_index__pb2.RebuildResponse.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/tte.v1.IndexService/Verify',
+                request_serializer=tte_dot_v1_dot_index__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.VerifyResponse.FromString,
+                _registered_method=True)
 
 
 class IndexServiceServicer:
@@ -140,8 +145,16 @@ class IndexServiceServicer:
         """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
         Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-        serving).
+        A generation that cannot reach the recall target is searched exactly.
+
+        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Compares index, database and media files. Searches go on, writes wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,6 +197,11 @@ def add_IndexServiceServicer_to_server(servicer, server):
                     servicer.Rebuild,
                     request_deserializer=tte_dot_v1_dot_index__pb2.RebuildRequest.FromString,
                     response_serializer=tte_dot_v1_dot_index__pb2.RebuildResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.VerifyRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.VerifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -381,6 +399,33 @@ class IndexService:
             '/tte.v1.IndexService/Rebuild',
             tte_dot_v1_dot_index__pb2.RebuildRequest.SerializeToString,
             tte_dot_v1_dot_index__pb2.RebuildResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/Verify',
+            tte_dot_v1_dot_index__pb2.VerifyRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

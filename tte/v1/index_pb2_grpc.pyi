@@ -66,9 +66,12 @@ class IndexServiceStub:
     """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
     Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-    serving).
+    A generation that cannot reach the recall target is searched exactly.
+
+    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
     """
+    Verify: _grpc.UnaryUnaryMultiCallable[_index_pb2.VerifyRequest, _index_pb2.VerifyResponse]
+    """Compares index, database and media files. Searches go on, writes wait."""
 
 @_typing.type_check_only
 class IndexServiceAsyncStub(IndexServiceStub):
@@ -108,9 +111,12 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
     Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-    serving).
+    A generation that cannot reach the recall target is searched exactly.
+
+    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
     """
+    Verify: _aio.UnaryUnaryMultiCallable[_index_pb2.VerifyRequest, _index_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Compares index, database and media files. Searches go on, writes wait."""
 
 class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable corpus and the nearest-neighbour index over it.
@@ -189,8 +195,17 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
         Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-        serving).
+        A generation that cannot reach the recall target is searched exactly.
+
+        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
         """
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _index_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.VerifyResponse, _abc.Awaitable[_index_pb2.VerifyResponse]]:
+        """Compares index, database and media files. Searches go on, writes wait."""
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -256,6 +256,15 @@ class RemoteIndex(_Remote):
                     )
         return found
 
+    async def verify(
+        self, *, media: bool = True, timeout_s: float | None = None
+    ) -> tuple[list[str], int]:
+        """(what is wrong with index, database and media; documents compared)."""
+        request = index_pb2.VerifyRequest(omit_media=not media)
+        with translated(self.peer):
+            response = await self._stub.Verify(request, timeout=timeout_s, metadata=self.metadata)
+        return list(response.problems), response.documents
+
 
 @contextmanager
 def _answers(peer: str) -> Iterator[None]:

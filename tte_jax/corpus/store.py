@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 DATABASE = "corpus.sqlite3"
+MEDIA = "media"
 LOCK = "corpus.lock"
 _SNAPSHOTS = "snapshots"
 
@@ -204,6 +205,17 @@ class CorpusStore:
         with self._reader() as db:
             return rows.profile(db)
 
+    def profiles(self) -> dict[CorpusProfile, int]:
+        """How many vectors there are of each profile; more than one is a defect."""
+        counted = "SELECT dimension, embedder_version, count(*) FROM documents GROUP BY 1, 2"
+        with self._reader() as db:
+            return {CorpusProfile(row[0], row[1]): row[2] for row in db.execute(counted)}
+
+    def ids(self) -> list[str]:
+        """The ids of all documents, sorted."""
+        with self._reader() as db:
+            return [row[0] for row in db.execute("SELECT id FROM documents ORDER BY id")]
+
     def value(self, key: str) -> str:
         with self._reader() as db:
             row = db.execute("SELECT value FROM corpus WHERE key = ?", (key,)).fetchone()
@@ -280,6 +292,16 @@ class CorpusStore:
                 found.update(row[0] for row in db.execute(query, chunk))
         return found
 
+    def media_by_document(self, ids: Sequence[str]) -> dict[str, set[str]]:
+        """The hashes that `document_media` has for each id; ids without media are left out."""
+        found: dict[str, set[str]] = {}
+        with self._reader() as db:
+            for marks, chunk in rows.in_chunks(ids):
+                query = f"SELECT * FROM document_media WHERE document_id IN ({marks})"
+                for id, sha256, _ in db.execute(query, chunk):
+                    found.setdefault(id, set()).add(sha256)
+        return found
+
     def unreferenced(self, hashes: Sequence[str]) -> set[str]:
         """Those of the given media hashes that no document names."""
         found: set[str] = set()
@@ -310,6 +332,17 @@ class CorpusStore:
         with self._reader() as db:
             lines = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
         return [] if lines == ["ok"] else lines
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the database, as it is at one moment, over the file `path`; writers go on."""
+        with self._reader() as source, translated(path):
+            target = sqlite3.connect(path)
+            try:
+                source.backup(target)
+                # One file, which can be read on a read-only disk.
+                target.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                target.close()
 
     # Inside
 

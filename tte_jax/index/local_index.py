@@ -98,6 +98,10 @@ class LocalIndex:
         """See `CorpusIndex.rebuild`; goes on when the caller gives up."""
         return await self._run(self._admin, self.index.rebuild, timeout_s)
 
+    async def verify(self, *, media: bool = True, timeout_s: float | None = None) -> list[str]:
+        """See `CorpusIndex.verify`; goes on when the caller gives up."""
+        return await self._run(self._admin, lambda: self.index.verify(media=media), timeout_s)
+
     async def close(self) -> None:
         """Finish what runs, then close the index."""
         loop = asyncio.get_running_loop()

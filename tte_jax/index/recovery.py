@@ -15,6 +15,8 @@ from tte_jax.index.generation import Rows
 
 log = logging.getLogger(__name__)
 
+SNAPSHOTS = "snapshots"
+
 
 def recover(store: CorpusStore, snapshot_root: Path) -> tuple[Rows, int]:
     """The rows that the database says are live, and the snapshot's sequence (0 = none used).

@@ -20,13 +20,13 @@ from tte_jax.corpus.records import (
     validate,
     validate_id,
 )
-from tte_jax.corpus.store import CorpusStore
+from tte_jax.corpus.store import MEDIA, CorpusStore
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
 from tte_jax.index import consistency, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
 from tte_jax.index.maintenance import Job, Maintenance
-from tte_jax.index.recovery import recover
+from tte_jax.index.recovery import SNAPSHOTS, recover
 from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
 from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
@@ -50,12 +50,12 @@ class CorpusIndex:
     ) -> None:
         self.store = CorpusStore.open(path)
         try:
-            self._snapshots = path / "snapshots"
+            self._snapshots = path / SNAPSHOTS
             self._snapshot_every = snapshot_every
-            media_uri = media_uri or self.store.value("media_uri") or str(path / "media")
+            media_uri = media_uri or self.store.value("media_uri") or str(path / MEDIA)
             self.media = open_media(media_uri)
             # The default moves with the directory, so only another place is remembered.
-            if media_uri not in (str(path / "media"), self.store.value("media_uri")):
+            if media_uri not in (str(path / MEDIA), self.store.value("media_uri")):
                 self.store.set_value("media_uri", media_uri)
             rows, self._snapshot_sequence = recover(self.store, self._snapshots)
             self.live = LiveIndex(rows, sequence=self.store.sequence, config=config)
