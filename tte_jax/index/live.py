@@ -98,7 +98,12 @@ class LiveIndex:
     """
 
     def __init__(
-        self, rows: Rows | None = None, *, sequence: int = 0, config: IndexConfig | None = None
+        self,
+        rows: Rows | None = None,
+        *,
+        sequence: int = 0,
+        config: IndexConfig | None = None,
+        generation: Generation | None = None,
     ) -> None:
         self.config = config or IndexConfig()
         self._write_lock = threading.Lock()
@@ -106,11 +111,16 @@ class LiveIndex:
         # Writes since a running rebuild copied its rows; None when no rebuild runs.
         self._since_copy: list[Change] | None = None
         self.queries = QuerySample(self.config.recent_queries, self.config.check_every)
+        # What made the vectors, "" while there are none; kept here by the corpus's owner, so that
+        # whoever holds this object cannot search it with another embedder's query.
+        self.embedder_version = ""
         self._query_recall = QueryRecall(1.0, 0)
         self._target = self.config.recall_floor
         self._drifted = False
-        rows = rows if rows is not None else Rows.empty()
-        self._view = self._first_view(Generation(1, rows, None, Columns(rows.metadata)), sequence)
+        if generation is None:
+            rows = rows if rows is not None else Rows.empty()
+            generation = Generation(1, rows, None, Columns(rows.metadata))
+        self._view = self._first_view(generation, sequence)
 
     @property
     def view(self) -> View:
@@ -338,7 +348,7 @@ class LiveIndex:
             delta=delta,
             delta_vectors=delta.vectors,
             delta_alive=np.array(delta_alive, dtype=bool),
-            sequence=changes[-1].sequence,
+            sequence=max(view.sequence, changes[-1].sequence),
             live=len(self._where),
         )
 

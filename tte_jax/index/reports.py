@@ -30,6 +30,8 @@ class IndexStats:
       snapshot_sequence: sequence of the newest snapshot, 0 = none.
       database_bytes: bytes of the database, its log and the snapshots.
       media_bytes: bytes of the documents' media.
+      staged_embedder_version: the next embedder, while a corpus is re-embedded; "" = it is not.
+      staged_documents: documents that have a vector of it.
       last_error: why the last rebuild or snapshot in the background failed; "" = it did not.
     """
 
@@ -48,6 +50,8 @@ class IndexStats:
     snapshot_sequence: int
     database_bytes: int
     media_bytes: int
+    staged_embedder_version: str
+    staged_documents: int
     last_error: str
 
 
@@ -64,3 +68,12 @@ class SnapshotReport:
 
     sequence: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class PromoteReport:
+    """A finished change of embedder: the last write's number, documents, what it took."""
+
+    sequence: int
+    documents: int
+    seconds: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from tte_jax.corpus.records import (
     validate,
     validate_id,
 )
+from tte_jax.corpus.staging import Staging
 from tte_jax.corpus.store import MEDIA, CorpusStore
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
-from tte_jax.index import consistency, snapshots
+from tte_jax.index import consistency, reembedding, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
 from tte_jax.index.maintenance import Job, Maintenance
 from tte_jax.index.recovery import SNAPSHOTS, recover
-from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
+from tte_jax.index.reports import Fetched, IndexStats, PromoteReport, SnapshotReport
 from tte_jax.stages import Hit, IndexEntry, StoredVersions
 
 log = logging.getLogger(__name__)
@@ -59,11 +61,14 @@ class CorpusIndex:
                 self.store.set_value("media_uri", media_uri)
             rows, self._snapshot_sequence = recover(self.store, self._snapshots)
             self.live = LiveIndex(rows, sequence=self.store.sequence, config=config)
+            self.staging = Staging(self.store)
+            self._note_embedder()
         except BaseException:
             self.store.close()
             raise
         self._write_lock = threading.Lock()
         self._snapshot_lock = threading.Lock()
+        self._promote_lock = threading.Lock()
         self._closed = False
         # Only a process that died leaves garbage; listing an object store costs money.
         self._garbage_due = isinstance(self.media, LocalMedia)
@@ -136,6 +141,8 @@ class CorpusIndex:
                     for sequence, e in zip(sequences, entries, strict=True)
                 ]
             )
+            if self.live.view.live == len({e.document.id for e in entries}):
+                self._note_embedder()  # perhaps another one than before the corpus was empty
             self._drop_media(old)
         self.maintenance.poke()
         return sequences[-1]
@@ -155,28 +162,46 @@ class CorpusIndex:
         self.maintenance.poke()
         return [r.id for r in removed], unknown
 
-    def search(self, vector: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
+    def search(
+        self,
+        vector: np.ndarray,
+        k: int,
+        filter: Filter | None = None,
+        *,
+        embedder_version: str = "",
+    ) -> list[Hit]:
         """At most k live documents by falling cosine, ties by id, with their reasoning.
 
         Args:
           vector: [D] floats; its length does not matter.
           k: at least 1.
           filter: condition on metadata.
+          embedder_version: what made the vector; "" = it is not checked.
 
         Raises:
           InvalidInputError: k < 1, or a vector that is not finite or is zero.
-          PreconditionError: another dimension than the corpus has.
+          PreconditionError: another dimension or embedder than the corpus has.
         """
         query = _unit(vector)
         if k < 1:
             raise InvalidInputError(f"k must be at least 1, got {k}", field="k")
-        found = self.live.search(query, k, filter)
-        if self.live.queries.due:
+        live = self.live
+        if embedder_version and live.embedder_version not in ("", embedder_version):
+            raise PreconditionError(
+                f"the query was embedded by {embedder_version!r}; this corpus holds vectors of "
+                f"{live.embedder_version!r}, and the two cannot be compared. Embed the query with "
+                "the corpus's embedder, or re-embed the corpus (`tte corpus reembed`).",
+                reason="EMBEDDER_MISMATCH",
+                expected=live.embedder_version,
+                actual=embedder_version,
+            )
+        found = live.search(query, k, filter)
+        if live.queries.due:
             self.maintenance.poke()
         reasonings = self.store.reasonings([f.id for f in found])
         if len(reasonings) < len(found):
             # Deleted between the two reads: look again, so that others can fill the places.
-            found = self.live.search(query, k, filter)
+            found = live.search(query, k, filter)
             reasonings = self.store.reasonings([f.id for f in found])
         return [
             Hit(f.id, f.cosine, reasonings[f.id], dict(f.metadata))
@@ -225,11 +250,13 @@ class CorpusIndex:
         return self.store.versions(ids)
 
     def stats(self) -> IndexStats:
-        view = self.live.view
+        live = self.live
+        view = live.view
         profile = self.store.profile or CorpusProfile(0, "")
+        staged = self.staging.state()
         generation = view.generation
         delta_live = int(view.delta_alive.sum())
-        measured = self.live.query_recall
+        measured = live.query_recall
         return IndexStats(
             documents=view.live,
             sequence=view.sequence,
@@ -247,6 +274,8 @@ class CorpusIndex:
             database_bytes=self.store.database_bytes()
             + sum(snapshots.size(path) for path in snapshots.listed(self._snapshots)),
             media_bytes=self.store.media_bytes(),
+            staged_embedder_version=staged.embedder_version,
+            staged_documents=staged.staged,
             last_error=self.maintenance.last_error,
         )
 
@@ -281,6 +310,41 @@ class CorpusIndex:
         Raises: as `LiveIndex.rebuild`.
         """
         return self.live.rebuild()
+
+    def promote(self, embedder_version: str) -> PromoteReport:
+        """Serve the staged vectors instead of the present ones (blue/green).
+
+        Their index is built while the old one serves; then, in one step, the database and the
+        index change over. Writes wait for that step, searches do not.
+
+        Raises:
+          PreconditionError: documents are without a staged vector (`REEMBEDDING_INCOMPLETE`), the
+            staged ones are of another embedder, or another promotion runs.
+        """
+        started = time.monotonic()
+        if not self._promote_lock.acquire(blocking=False):
+            raise PreconditionError(
+                "the corpus is changing over to staged vectors already", reason="PROMOTE_RUNNING"
+            )
+        try:
+            self.staging.check_complete(embedder_version)
+            number = self.live.view.generation.number + 1
+            green = reembedding.build(self.store, number=number, config=self.live.config)
+            with self._write_lock:
+                promoted = self.staging.promote(embedder_version)
+                try:
+                    live = reembedding.exchange(self.store, green, promoted, self.live.config)
+                except Exception:
+                    # The database has changed over: serve what it says, however it is made.
+                    log.exception("the prepared index cannot be used; reading all vectors")
+                    rows, _ = recover(self.store, self._snapshots)
+                    live = LiveIndex(rows, sequence=self.store.sequence, config=self.live.config)
+                live.embedder_version = embedder_version
+                self.live = live
+        finally:
+            self._promote_lock.release()
+        self.maintenance.poke()
+        return PromoteReport(live.view.sequence, live.view.live, time.monotonic() - started)
 
     def collect_garbage(self) -> int:
         """Remove media files that no document names, beside serving; returns how many."""
@@ -337,6 +401,10 @@ class CorpusIndex:
                 self.media.remove(sha256)
         except (OSError, TteError) as exc:
             log.warning("unneeded media files stay behind: %s", exc)
+
+    def _note_embedder(self) -> None:
+        profile = self.store.profile
+        self.live.embedder_version = "" if profile is None else profile.embedder_version
 
     def _rebuild_due(self) -> bool:
         return self.live.needs_rebuild() and not self.live.rebuilding
