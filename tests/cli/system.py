@@ -122,6 +122,7 @@ class System:
 
     Attributes:
       reranker: the fake behind the reranker, to make it fail.
+      embedder: the fake behind the embedder, to make it another one.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -132,6 +133,7 @@ class System:
         self._stop: asyncio.Event | None = None
         self._error: BaseException | None = None
         self.reranker = FakeReranker()
+        self.embedder = FakeEmbedder()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
         if not self._ready.wait(60) or self._error:
@@ -154,6 +156,8 @@ class System:
         self._stop = asyncio.Event()
         reranker = _Reranker()
         reranker.stage = self.reranker
+        embedder = _Embedder()
+        embedder.stage = self.embedder
         creators = {
             "reasoner": _fake(
                 "tte.v1.ReasonerService",
@@ -163,7 +167,7 @@ class System:
             "embedder": _fake(
                 "tte.v1.EmbedderService",
                 embedder_pb2_grpc.add_EmbedderServiceServicer_to_server,
-                _Embedder(),
+                embedder,
             ),
             "reranker": _fake(
                 "tte.v1.RerankerService",

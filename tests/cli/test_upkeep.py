@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Tte, document
+from tests.cli.system import System
 from tests.index.documents import make_entry, unit
 from tte_jax.index import CorpusIndex
 
@@ -58,3 +59,29 @@ def test_what_is_not_there_is_exit_3(tte: Tte, tmp_path: Path) -> None:
         result = tte("corpus", *command)
         assert result.exit_code == 3, result.output
         assert "no " in result.stderr and "Traceback" not in result.output
+
+
+def test_reembedding_with_the_embedder_that_the_corpus_has_is_refused(
+    running: Tte, system: System, tmp_path: Path
+) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps({"id": "again", "text": "red"}))
+    assert running("ingest", tmp_path / "m.jsonl").exit_code == 0
+    result = running("corpus", "reembed", system.addresses["embedder"])
+    assert result.exit_code == 1
+    assert "embedder-1" in result.stderr and "already" in result.stderr
+
+
+def test_reembedding_a_served_corpus(running: Tte, system: System, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps({"id": "next", "text": "red"}))
+    assert running("ingest", tmp_path / "m.jsonl").exit_code == 0
+    address = system.addresses["embedder"]
+    system.embedder.version = "embedder-2"
+    try:
+        made = document(running("corpus", "reembed", address, "--no-promote", "--json"))
+        assert made["staged"] > 0 and made["pending"] == 0 and not made["promoted"]
+        made = document(running("corpus", "reembed", address, "--json"))
+        assert made["promoted"] and made["embedder_version"] == "embedder-2"
+        assert document(running("search", "red", "--json"))["results"]
+    finally:
+        system.embedder.version = "embedder-1"
+        assert running("corpus", "reembed", address).exit_code == 0

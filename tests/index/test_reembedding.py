@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.index.documents import make_entry, random_units, unit
-from tte_jax.corpus.staging import StagedVector
 from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.filters import Equals
 from tte_jax.index import CorpusIndex, IndexConfig, reembedding
+from tte_jax.stages import StagedVector
 
 OLD = random_units(np.random.default_rng(0), 20, 6)
 NEW = random_units(np.random.default_rng(1), 20, 9)

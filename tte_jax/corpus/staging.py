@@ -10,27 +10,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
 
 from tte_jax.corpus import rows
 from tte_jax.corpus.records import check_vector, decode_vector, encode_vector
 from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import InvalidInputError, PreconditionError
+from tte_jax.stages import StagedVector
 
 _VERSION, _DIMENSION = "staged_embedder", "staged_dimension"
 _VALID = (
     "FROM documents AS d {join} staged AS s ON s.document_id = d.id AND s.sequence = d.sequence "
 )
-
-
-class StagedVector(NamedTuple):
-    """A document's next vector ([D] float32 unit vector), made from its state at `sequence`."""
-
-    id: str
-    sequence: int
-    vector: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,3 @@ class SnapshotReport:
 
     sequence: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class PromoteReport:
-    """A finished change of embedder: the last write's number, documents, what it took."""
-
-    sequence: int
-    documents: int
-    seconds: float

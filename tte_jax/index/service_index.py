@@ -21,7 +21,7 @@ from tte_jax.corpus.records import (
     validate,
     validate_id,
 )
-from tte_jax.corpus.staging import Staging
+from tte_jax.corpus.staging import Staging, StagingState
 from tte_jax.corpus.store import MEDIA, CorpusStore
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
@@ -29,8 +29,8 @@ from tte_jax.index import consistency, reembedding, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
 from tte_jax.index.maintenance import Job, Maintenance
 from tte_jax.index.recovery import SNAPSHOTS, recover
-from tte_jax.index.reports import Fetched, IndexStats, PromoteReport, SnapshotReport
-from tte_jax.stages import Hit, IndexEntry, StoredVersions
+from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
+from tte_jax.stages import Hit, IndexEntry, Promoted, StoredVersions
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +311,30 @@ class CorpusIndex:
         """
         return self.live.rebuild()
 
-    def promote(self, embedder_version: str) -> PromoteReport:
+    def pending(
+        self,
+        embedder_version: str,
+        *,
+        limit: int,
+        after: str = "",
+        restart: bool = False,
+        max_media_bytes: int | None = None,
+    ) -> tuple[list[Document], StagingState]:
+        """Documents to embed next (at most `limit`, at least one unless nothing is pending behind
+        the id `after`), and how far it is. Begins the re-embedding, see `Staging.begin`.
+
+        Args:
+          max_media_bytes: fewer documents come when the media together are larger.
+        """
+        self.staging.begin(embedder_version, restart=restart)
+        ids = self.staging.pending(limit, after)
+        if max_media_bytes is not None:
+            rows = self.store.documents(ids)
+            ids = _fitting([rows[id] for id in ids if id in rows], max_media_bytes)
+        documents = [found for found in self.get(ids) if found is not None]
+        return documents, self.staging.state()
+
+    def promote(self, embedder_version: str) -> Promoted:
         """Serve the staged vectors instead of the present ones (blue/green).
 
         Their index is built while the old one serves; then, in one step, the database and the
@@ -344,7 +367,7 @@ class CorpusIndex:
         finally:
             self._promote_lock.release()
         self.maintenance.poke()
-        return PromoteReport(live.view.sequence, live.view.live, time.monotonic() - started)
+        return Promoted(live.view.sequence, live.view.live, time.monotonic() - started)
 
     def collect_garbage(self) -> int:
         """Remove media files that no document names, beside serving; returns how many."""
@@ -421,6 +444,18 @@ class CorpusIndex:
 
     def _snapshot_due(self) -> bool:
         return self.live.view.sequence - self._snapshot_sequence >= self._snapshot_every
+
+
+def _fitting(rows: Sequence[StoredDocument], limit: int) -> list[str]:
+    """Ids of the first rows, at least one, whose texts and media have at most `limit` bytes."""
+    ids: list[str] = []
+    for row in rows:
+        limit -= sum(p.size if isinstance(p, MediaRef) else 4 * len(p.text) for p in row.parts)
+        limit -= 4 * len(row.reasoning.text) * 3
+        if ids and limit < 0:
+            break
+        ids.append(row.id)
+    return ids
 
 
 def _limit_media(rows: Sequence[StoredDocument], limit: int) -> None:
