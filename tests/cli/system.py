@@ -22,9 +22,10 @@ from tte.v1 import (
     reranker_pb2,
     reranker_pb2_grpc,
 )
-from tte_jax.content import Content, Reasoning, Usage
+from tte_jax.content import Content, MediaKind, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.image import decode_image
+from tte_jax.preprocess.pages import render_page
 from tte_jax.stages import ReasonItem
 
 NAMES = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 128, 0): "green", (255, 255, 0): "yellow"}
@@ -34,7 +35,12 @@ def seen(content: Content) -> Content:
     """A content as words: a picture's are the name of its first pixel's colour."""
     words = [content.text] if content.text else []
     for media in content.media:
-        pixel = decode_image(media.data).getpixel((0, 0))
+        if media.kind is MediaKind.VIDEO:
+            words.insert(0, "film")
+            continue
+        page = media.kind is MediaKind.PAGE
+        image = render_page(media.data, media.page) if page else decode_image(media.data)
+        pixel = image.getpixel((0, 0))
         words.insert(0, NAMES.get(pixel, "grey"))  # type: ignore[arg-type]
     return Content.of(" ".join(words))
 
