@@ -18,7 +18,7 @@ from tte_jax.content import Budget, Document, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem
+from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, StagedVector
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ def document_ids(ids: Sequence[str], limit: int) -> list[str]:
 def index_search_arguments(
     request: index_pb2.IndexServiceSearchRequest,
 ) -> tuple[np.ndarray, int, Filter | None]:
-    """(vector [D] float32, k, filter)."""
+    """(vector [D] float32, k, filter); the embedder's version is plain text in the request."""
     _check_range(request.k, 1, limits.MAX_CANDIDATES, "k")
     condition = (
         codec.decode_filter(request.filter, "filter") if request.HasField("filter") else None
@@ -164,6 +164,24 @@ def index_search_response(
     return index_pb2.IndexServiceSearchResponse(
         hits=[codec.encode_hit(hit) for hit in hits], usage=codec.encode_usage(usage)
     )
+
+
+def staged_vectors(request: index_pb2.StageVectorsRequest) -> list[StagedVector]:
+    """The vectors of the request, one for each id."""
+    return _batch(request.vectors, "vectors", _staged_vector)
+
+
+def _staged_vector(message: index_pb2.StagedVector, at: str) -> StagedVector:
+    return StagedVector(
+        codec.check_id(message.id, f"{at}.id"),
+        message.sequence,
+        codec.decode_vector(message.vector, f"{at}.vector"),
+    )
+
+
+def pending_limit(request: index_pb2.ListPendingRequest) -> int:
+    _check_range(request.limit, 1, limits.MAX_BATCH_ITEMS, "limit")
+    return request.limit
 
 
 def get_response(

@@ -99,11 +99,17 @@ async def create(settings: Settings) -> Service:
     index = RemoteIndex(settings.address_of("index"))
     reranker = RemoteReranker(settings.address_of("reranker"))
     backends = {"reasoner": reasoner, "embedder": embedder, "index": index, "reranker": reranker}
-    servicer = RetrievalServicer(Cascade(reasoner, embedder, index, reranker))
+    following = None
+    if settings.next_embedder_address:
+        following = RemoteEmbedder(settings.next_embedder_address)
+    servicer = RetrievalServicer(
+        Cascade(reasoner, embedder, index, reranker, next_embedder=following)
+    )
     watch = BackendWatch(backends, poll_s=POLL_S)
 
     async def close() -> None:
-        await asyncio.gather(*(backend.close() for backend in backends.values()))
+        every = [*backends.values(), *([following] if following else [])]
+        await asyncio.gather(*(backend.close() for backend in every))
 
     return Service(
         names=(NAME,),

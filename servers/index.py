@@ -12,7 +12,7 @@ from servers import convert
 from servers.runtime import Service
 from servers.settings import Settings
 from tte.v1 import index_pb2, index_pb2_grpc
-from tte_jax import limits
+from tte_jax import codec, limits
 from tte_jax.errors import UnavailableError
 from tte_jax.index import CorpusIndex, IndexConfig, LocalIndex
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 NAME = "tte.v1.IndexService"
 CORPUS = "corpus"
+MOST_PROBLEMS = 1_000
 
 
 class IndexServicer(index_pb2_grpc.IndexServiceServicer):
@@ -75,7 +76,11 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
     ) -> index_pb2.IndexServiceSearchResponse:
         vector, k, condition = convert.index_search_arguments(request)
         hits, usage = await self._stage.search(
-            vector, k=k, filter=condition, timeout_s=_left(context)
+            vector,
+            k=k,
+            filter=condition,
+            embedder_version=request.embedder_version,
+            timeout_s=_left(context),
         )
         return convert.index_search_response(hits, usage)
 
@@ -122,6 +127,11 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             snapshot_sequence=stats.snapshot_sequence,
             database_bytes=stats.database_bytes,
             media_bytes=stats.media_bytes,
+            query_recall=stats.query_recall,
+            checked_queries=stats.checked_queries,
+            last_error=stats.last_error,
+            staged_embedder_version=stats.staged_embedder_version,
+            staged_documents=stats.staged_documents,
         )
 
     async def Snapshot(
@@ -140,6 +150,49 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             documents=report.rows,
             recall=report.recall,
             seconds=report.seconds,
+        )
+
+    async def ListPending(
+        self, request: index_pb2.ListPendingRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.ListPendingResponse:
+        documents, pending, staged = await self._stage.pending(
+            request.embedder_version,
+            limit=convert.pending_limit(request),
+            after=request.after_id,
+            restart=request.restart,
+            max_media_bytes=limits.MAX_MESSAGE_BYTES,
+            timeout_s=_left(context),
+        )
+        return await asyncio.to_thread(
+            lambda: index_pb2.ListPendingResponse(
+                documents=[codec.encode_document(document) for document in documents],
+                pending=pending,
+                staged=staged,
+            )
+        )
+
+    async def StageVectors(
+        self, request: index_pb2.StageVectorsRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.StageVectorsResponse:
+        stale = await self._stage.stage(
+            request.embedder_version, convert.staged_vectors(request), timeout_s=_left(context)
+        )
+        return index_pb2.StageVectorsResponse(stale_ids=stale)
+
+    async def PromoteVectors(
+        self, request: index_pb2.PromoteVectorsRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.PromoteVectorsResponse:
+        report = await self._stage.promote(request.embedder_version, timeout_s=_left(context))
+        return index_pb2.PromoteVectorsResponse(
+            sequence=report.sequence, documents=report.documents, seconds=report.seconds
+        )
+
+    async def Verify(
+        self, request: index_pb2.VerifyRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.VerifyResponse:
+        problems = await self._stage.verify(media=not request.omit_media, timeout_s=_left(context))
+        return index_pb2.VerifyResponse(
+            problems=problems[:MOST_PROBLEMS], documents=int(self.live_documents)
         )
 
 

@@ -52,6 +52,7 @@ class Settings:
 
     reasoner_address: str = _setting("", "where the gateway finds it; empty = the usual port")
     embedder_address: str = _setting("", "where the gateway finds it; empty = the usual port")
+    next_embedder_address: str = _setting("", "embedder to change over to, see operations")
     reranker_address: str = _setting("", "where the gateway finds it; empty = the usual port")
     index_address: str = _setting("", "where the gateway finds it; empty = the usual port")
 

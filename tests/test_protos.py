@@ -84,5 +84,6 @@ def test_the_services_are_those_of_the_design() -> None:
         "MinedNegatives",
         True,
     )
-    wanted = {"Upsert", "Delete", "Search", "Get", "Stats", "Snapshot", "Rebuild"}
+    wanted = {"Upsert", "Delete", "Search", "Get", "Stats", "Snapshot", "Rebuild", "Verify"}
+    wanted |= {"ListPending", "StageVectors", "PromoteVectors"}
     assert set(methods(index_pb2, "IndexService")) == wanted

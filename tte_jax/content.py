@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 MetadataValue = str | int | float | bool
 Metadata = Mapping[str, MetadataValue]
@@ -95,14 +96,30 @@ class Content:
     @property
     def content_hash(self) -> str:
         """Hash over kinds, pages, bytes and texts, in order."""
-        h = hashlib.sha256()
-        for part in self.parts:
-            if isinstance(part, Text):
-                raw = part.text.encode()
-                h.update(b"t%d:" % len(raw) + raw)
-            else:
-                h.update(f"m{part.kind}:{part.page}:{part.sha256};".encode())
-        return h.hexdigest()
+        return content_hash(self.parts)
+
+
+class HashedMedia(Protocol):
+    """Media, whether its bytes are at hand or not."""
+
+    @property
+    def kind(self) -> MediaKind: ...
+    @property
+    def page(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def content_hash(parts: Iterable[Text | HashedMedia]) -> str:
+    """Hash over kinds, pages, bytes and texts, in order."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Text):
+            raw = part.text.encode()
+            h.update(b"t%d:" % len(raw) + raw)
+        else:
+            h.update(f"m{part.kind}:{part.page}:{part.sha256};".encode())
+    return h.hexdigest()
 
 
 @dataclass(frozen=True)

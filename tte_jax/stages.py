@@ -102,6 +102,23 @@ class StoredVersions(NamedTuple):
     metadata: Metadata | None = None
 
 
+class StagedVector(NamedTuple):
+    """A document's vector of the next embedder ([D] float32, L2-normalised), made from its state at
+    `sequence`."""
+
+    id: str
+    sequence: int
+    vector: np.ndarray
+
+
+class Promoted(NamedTuple):
+    """A finished change of embedder: the last write's number, documents, what it took."""
+
+    sequence: int
+    documents: int
+    seconds: float
+
+
 class ReasonerStage(Protocol):
     async def reason(
         self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
@@ -138,9 +155,14 @@ class IndexStage(Protocol):
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
-        """At most k live documents by falling cosine; ties by document id."""
+        """At most k live documents by falling cosine; ties by document id.
+
+        `embedder_version` is that of the vector; another one than the corpus's is a
+        `PreconditionError` with reason `EMBEDDER_MISMATCH`; "" = not checked.
+        """
         ...
 
     async def upsert(self, entries: Sequence[IndexEntry], *, timeout_s: float | None = None) -> int:
@@ -168,4 +190,36 @@ class ResumableIndexStage(Protocol):
         self, ids: Sequence[str], *, timeout_s: float | None = None
     ) -> Mapping[str, StoredVersions]:
         """What the documents that exist were made of; unknown ids are left out."""
+        ...
+
+
+class ReembeddableIndexStage(Protocol):
+    """An index that takes another embedder's vectors beside those that serve."""
+
+    async def pending(
+        self,
+        embedder_version: str,
+        *,
+        limit: int,
+        after: str = "",
+        restart: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[list[Document], int, int]:
+        """(at most `limit` documents of greater id than `after` without such a vector, how many
+        there are in all, how many have theirs). The first call begins the re-embedding."""
+        ...
+
+    async def stage(
+        self,
+        embedder_version: str,
+        vectors: Sequence[StagedVector],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Keep them durably; returns the ids of documents that have changed or gone since."""
+        ...
+
+    async def promote(self, embedder_version: str, *, timeout_s: float | None = None) -> Promoted:
+        """Serve the staged vectors; `PreconditionError` with reason `REEMBEDDING_INCOMPLETE` while
+        documents are pending."""
         ...

@@ -188,6 +188,7 @@ class FakeIndex(Behaviour):
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
         await self.take(timeout_s)

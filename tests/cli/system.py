@@ -22,9 +22,10 @@ from tte.v1 import (
     reranker_pb2,
     reranker_pb2_grpc,
 )
-from tte_jax.content import Content, Reasoning, Usage
+from tte_jax.content import Content, MediaKind, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.image import decode_image
+from tte_jax.preprocess.pages import render_page
 from tte_jax.stages import ReasonItem
 
 NAMES = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 128, 0): "green", (255, 255, 0): "yellow"}
@@ -34,7 +35,12 @@ def seen(content: Content) -> Content:
     """A content as words: a picture's are the name of its first pixel's colour."""
     words = [content.text] if content.text else []
     for media in content.media:
-        pixel = decode_image(media.data).getpixel((0, 0))
+        if media.kind is MediaKind.VIDEO:
+            words.insert(0, "film")
+            continue
+        page = media.kind is MediaKind.PAGE
+        image = render_page(media.data, media.page) if page else decode_image(media.data)
+        pixel = image.getpixel((0, 0))
         words.insert(0, NAMES.get(pixel, "grey"))  # type: ignore[arg-type]
     return Content.of(" ".join(words))
 
@@ -122,6 +128,7 @@ class System:
 
     Attributes:
       reranker: the fake behind the reranker, to make it fail.
+      embedder: the fake behind the embedder, to make it another one.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -132,6 +139,7 @@ class System:
         self._stop: asyncio.Event | None = None
         self._error: BaseException | None = None
         self.reranker = FakeReranker()
+        self.embedder = FakeEmbedder()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
         if not self._ready.wait(60) or self._error:
@@ -154,6 +162,8 @@ class System:
         self._stop = asyncio.Event()
         reranker = _Reranker()
         reranker.stage = self.reranker
+        embedder = _Embedder()
+        embedder.stage = self.embedder
         creators = {
             "reasoner": _fake(
                 "tte.v1.ReasonerService",
@@ -163,7 +173,7 @@ class System:
             "embedder": _fake(
                 "tte.v1.EmbedderService",
                 embedder_pb2_grpc.add_EmbedderServiceServicer_to_server,
-                _Embedder(),
+                embedder,
             ),
             "reranker": _fake(
                 "tte.v1.RerankerService",

@@ -123,6 +123,26 @@ def test_bad_files_are_listed_with_reasons_and_the_rest_is_stored(
     assert document(running("get", "mixed/copy.png", "--json"))["id"] == "mixed/copy.png"
 
 
+def test_pdfs_and_videos_are_ingested_and_a_second_run_reasons_about_nothing(
+    running: Tte, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    pages = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    pages[0].save(folder / "doc.pdf", save_all=True, append_images=pages[1:])
+    (folder / "film.mp4").write_bytes(b"any bytes")
+    (folder / "broken.pdf").write_bytes(b"%PDF-")
+    first = running("ingest", folder, "--id-prefix", "kinds/", "--json")
+    assert first.exit_code == 1
+    made = document(first)
+    assert made["stored"] == 3 and [b["source"][-10:] for b in made["bad"]] == ["broken.pdf"]
+    stored = document(running("get", "kinds/doc.pdf#page=2", "--json"))
+    assert stored["metadata"] == {"page": 2, "pages": 2}
+    assert stored["media"][0]["kind"] == "page"
+    again = document(running("ingest", folder, "--id-prefix", "kinds/", "--json"))
+    assert (again["stored"], again["unchanged"]) == (0, 3)
+
+
 def test_get_shows_and_saves_a_document(colours: Tte, tmp_path: Path) -> None:
     out = tmp_path / "saved"
     made = document(colours("get", "green.png", "--save", out, "--json"))

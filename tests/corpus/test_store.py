@@ -206,9 +206,34 @@ def test_a_newer_schema_is_refused(tmp_path):
         db.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     db.close()
     for read_only in (False, True):
-        with pytest.raises(PreconditionError, match="schema version 2.*Upgrade") as caught:
+        with pytest.raises(
+            PreconditionError, match=f"schema version {schema.VERSION + 1}.*Upgrade"
+        ) as caught:
             CorpusStore.open(tmp_path, read_only=read_only)
         assert caught.value.reason == "SCHEMA_TOO_NEW"
+
+
+def _as_version_1(path) -> None:
+    """A corpus as the first version of this program made it."""
+    db = sqlite3.connect(path / DATABASE, isolation_level=None)
+    db.execute("DROP TABLE staged")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+
+
+def test_a_corpus_of_the_first_version_is_brought_up_to_date(tmp_path):
+    store = CorpusStore.open(tmp_path)
+    store.upsert([make_entry("a", unit(1, 0))])
+    store.close()
+    _as_version_1(tmp_path)
+    with pytest.raises(PreconditionError, match="version 1.*version 2") as caught:
+        CorpusStore.open(tmp_path, read_only=True)
+    assert caught.value.reason == "SCHEMA_TOO_OLD"
+    store = CorpusStore.open(tmp_path)
+    assert list(store.documents(["a"])) == ["a"]
+    assert store.delete(["a"]) == ([Removed(2, "a")], [])  # uses the new table
+    store.close()
+    CorpusStore.open(tmp_path, read_only=True).close()
 
 
 def test_an_older_schema_is_migrated_step_by_step_or_not_at_all(tmp_path):
@@ -223,12 +248,14 @@ def test_an_older_schema_is_migrated_step_by_step_or_not_at_all(tmp_path):
     def fail(connection: sqlite3.Connection) -> None:
         raise ZeroDivisionError
 
+    now = schema.VERSION
     with pytest.raises(ZeroDivisionError):
-        schema.prepare(db, where="x", version=3, migrations={1: add_column, 2: fail})
-    assert db.execute("PRAGMA user_version").fetchone()[0] == 1
-    schema.prepare(db, where="x", version=2, migrations={1: add_column})
+        steps = {now: add_column, now + 1: fail}
+        schema.prepare(db, where="x", version=now + 2, migrations=steps)
+    assert db.execute("PRAGMA user_version").fetchone()[0] == now
+    schema.prepare(db, where="x", version=now + 1, migrations={now: add_column})
     assert db.execute("SELECT id, language FROM documents").fetchall() == [("a", "")]
-    assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+    assert db.execute("PRAGMA user_version").fetchone()[0] == now + 1
     db.close()
 
 

@@ -8,6 +8,8 @@ import pytest
 from tests.index.documents import random_units, unit
 from tte_jax.corpus.records import Removed, Stored
 from tte_jax.errors import PreconditionError
+from tte_jax.filters import Range
+from tte_jax.index import exact
 from tte_jax.index.generation import Rows
 from tte_jax.index.live import IndexConfig, LiveIndex
 
@@ -201,3 +203,64 @@ def test_concurrent_searches_writes_and_rebuilds_never_show_a_deleted_document()
     assert problems == []
     assert live.view.generation.number == 9
     assert max(deleted_before) > 600
+
+
+class Nearsighted:
+    """Finds only the first half of the rows, until it is made to search harder."""
+
+    kind = "nearsighted"
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+        self.seen = len(vectors) // 2
+
+    def propose(self, query: np.ndarray, count: int) -> np.ndarray:
+        return exact.propose(self.vectors[: self.seen], query, count)
+
+    def search_harder(self) -> bool:
+        before, self.seen = self.seen, len(self.vectors)
+        return before < self.seen
+
+
+def test_queries_that_a_searcher_answers_badly_make_it_drift_and_the_next_one_is_built_for_them(
+    monkeypatch,
+):
+    rng = np.random.default_rng(5)
+    # Queries point at the second half, canaries (drawn from `canary_rows`) at the first.
+    near, far = random_units(rng, 300, 12), random_units(rng, 300, 12)
+    near[:, 0], far[:, 0] = -2, 2
+    vectors = np.concatenate([near, far])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = Rows([f"d{i:03d}" for i in range(600)], vectors, np.arange(1, 601), [{}] * 600)
+    live = LiveIndex(rows, sequence=600, config=IndexConfig(exact_below=1, check_every=8))
+    monkeypatch.setattr("tte_jax.index.scann_index.ScannSearcher", lambda v, **k: Nearsighted(v))
+    monkeypatch.setattr("tte_jax.index.recall._canaries", lambda v, count: v[:16])
+    assert live.rebuild().kind == "nearsighted"
+    assert not live.needs_recall_check()
+    for i in range(300, 310):
+        live.search(vectors[i], 5)
+    assert live.needs_recall_check()
+    measured = live.measure_recall()
+    assert (measured.recall, measured.queries) == (0.0, 10)
+    assert live.query_recall == measured
+    assert live.needs_rebuild()
+    report = live.rebuild()
+    assert (report.kind, report.recall) == ("nearsighted", 1.0)
+    assert live.search(vectors[305], 1)[0].id == "d305"
+    assert live.measure_recall().recall == 1.0
+    assert not live.needs_rebuild()
+
+
+def test_measuring_knows_filters_deletions_and_small_corpora():
+    rng = np.random.default_rng(6)
+    vectors = random_units(rng, 400, 8)
+    rows = Rows(
+        [f"d{i}" for i in range(400)], vectors, np.arange(1, 401), [{"n": i} for i in range(400)]
+    )
+    live = LiveIndex(rows, sequence=400, config=IndexConfig(exact_below=1))
+    live.rebuild()
+    live.search(vectors[0], 1000)
+    live.search(vectors[1], 5, Range("n", below=3))
+    live.search(vectors[2], 5, Range("n", at_least=1e6))
+    live.apply([Removed(401, "d0"), Stored(402, "new", vectors[1], {"n": 1})])
+    assert live.measure_recall() == (1.0, 3)

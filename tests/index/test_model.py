@@ -89,8 +89,7 @@ class CorpusModel(RuleBasedStateMachine):
 
     @rule()
     def rebuild(self):
-        if self.index._background is not None:
-            self.index._background.join(30)
+        self.index.maintenance.join(30)
         assert self.index.rebuild().rows == len(self.model)
 
     @rule()

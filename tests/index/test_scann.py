@@ -8,7 +8,8 @@ from tte_jax.corpus.records import Removed, Stored
 from tte_jax.filters import Equals
 from tte_jax.index import exact
 from tte_jax.index.generation import Rows
-from tte_jax.index.live import IndexConfig, LiveIndex, check_recall
+from tte_jax.index.live import IndexConfig, LiveIndex
+from tte_jax.index.recall import check_recall
 from tte_jax.index.scann_index import MINIMUM_ROWS, ScannSearcher
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -86,6 +88,43 @@ def test_media_live_as_long_as_a_document_names_them(index, tmp_path):
     assert _media_files(index, tmp_path) == {two}
     index.delete(["b"])
     assert _media_files(index, tmp_path) == set()
+
+
+def test_media_left_by_a_process_that_died_are_removed_after_the_next_start(tmp_path, index):
+    named = Media(b"one").sha256
+    index.upsert([make_entry("a", unit(1, 0), image=b"one")])
+    orphan = index.media.put(b"never named")
+    half = tmp_path / "corpus" / "media" / orphan[:2] / orphan[2:4] / f".{orphan}.ab.tmp"
+    half.write_bytes(b"nev")
+    assert _media_files(index, tmp_path) == {named, orphan, half.name}
+    index.close()
+    again = CorpusIndex.open(tmp_path / "corpus")
+    again.maintenance.join(30)
+    assert _media_files(again, tmp_path) == {named}
+    assert again.verify() == []
+    assert again.collect_garbage() == 0
+    again.close()
+
+
+def test_media_of_writes_that_are_under_way_are_not_garbage(index, tmp_path, monkeypatch):
+    collecting = threading.Event()
+    put = index.media.put
+
+    def slow_put(data):
+        sha256 = put(data)
+        collecting.set()
+        time.sleep(0.2)  # the collector must wait for the row
+        return sha256
+
+    monkeypatch.setattr(index.media, "put", slow_put)
+    writer = threading.Thread(
+        target=lambda: index.upsert([make_entry("a", unit(1, 0), image=b"one")])
+    )
+    writer.start()
+    assert collecting.wait(30)
+    assert index.collect_garbage() == 0
+    writer.join(30)
+    assert _media_files(index, tmp_path) == {Media(b"one").sha256}
 
 
 def test_damaged_media_are_data_loss_and_verify_names_them(index, tmp_path):
@@ -243,15 +282,51 @@ def test_snapshots_of_another_corpus_or_of_the_future_are_not_used(tmp_path, cap
     index.close()
 
 
+def _plant(index: CorpusIndex, rows: Rows, *, known: bool) -> None:
+    """Put a snapshot of the last write there, with right checksums."""
+    sequence = index.store.sequence
+    path = snapshots.write(
+        index.store.path / "snapshots",
+        rows,
+        corpus_id=index.store.corpus_id,
+        sequence=sequence,
+        known={},
+    )
+    if known:
+        digests = index.store.snapshot_digests() | {sequence: snapshots.digest(path)}
+        index.store.record_snapshots(digests)
+
+
+def test_a_tampered_snapshot_with_right_checksums_is_not_used(tmp_path, caplog):
+    _three_generations(tmp_path)
+    index = CorpusIndex.open(tmp_path)
+    index.snapshot()
+    rows = index.live.view.gather()
+    # Only a vector is another one: ids and sequences agree with the database.
+    _plant(index, Rows(rows.ids, rows.vectors[::-1], rows.sequences, []), known=False)
+    index.close()
+    index = CorpusIndex.open(tmp_path)
+    assert "not the one that this corpus wrote" in caplog.text
+    assert index.verify() == []
+    # The next snapshot of the same write replaces it instead of trusting it.
+    index.snapshot()
+    index.close()
+    caplog.clear()
+    index = CorpusIndex.open(tmp_path)
+    assert "skipping" not in caplog.text
+    assert index.stats().snapshot_sequence == index.stats().sequence
+    assert index.verify() == []
+    index.close()
+
+
 def test_a_snapshot_that_contradicts_the_database_is_not_used(tmp_path, caplog):
     _three_generations(tmp_path)
     index = CorpusIndex.open(tmp_path)
     rows = index.live.view.gather()
-    corpus_id, sequence = index.store.corpus_id, index.store.sequence
-    index.close()
     # Whole and with right checksums, but a deleted document lives in it and a live one does not.
     wrong = Rows(["d3", *rows.ids[1:]], rows.vectors, rows.sequences, rows.metadata)
-    snapshots.write(tmp_path / "snapshots", wrong, corpus_id=corpus_id, sequence=sequence)
+    _plant(index, wrong, known=True)
+    index.close()
     index = CorpusIndex.open(tmp_path)
     assert "contradicts the database" in caplog.text
     assert index.verify() == []
@@ -282,7 +357,7 @@ def test_maintenance_rebuilds_and_snapshots_by_itself(tmp_path):
     vectors = random_units(rng, 600, 16)
     for start in range(0, 600, 50):
         index.upsert([make_entry(f"d{i}", vectors[i]) for i in range(start, start + 50)])
-    index._background.join(30)
+    index.maintenance.join(30)
     stats = index.stats()
     assert stats.last_error == ""
     assert stats.generation > 1
@@ -294,9 +369,27 @@ def test_maintenance_rebuilds_and_snapshots_by_itself(tmp_path):
     # A large corpus serves exactly at once and gets its searcher in the background.
     index = CorpusIndex.open(tmp_path, config=config)
     assert index.search(vectors[3], 1)[0].id == "d3"
-    index._background.join(30)
+    index.maintenance.join(30)
     assert index.stats().searcher == "scann-ah"
     assert index.stats().canary_recall >= 0.95
+    index.close()
+
+
+def test_recall_on_real_queries_is_measured_and_reported(tmp_path):
+    config = IndexConfig(exact_below=300, check_every=20, canaries=16)
+    index = CorpusIndex.open(tmp_path, config=config)
+    rng = np.random.default_rng(4)
+    vectors = random_units(rng, 400, 16)
+    index.upsert([make_entry(f"d{i}", vectors[i], metadata={"n": i % 4}) for i in range(400)])
+    index.rebuild()
+    assert index.stats().searcher == "scann-ah"
+    assert (index.stats().query_recall, index.stats().checked_queries) == (1.0, 0)
+    for query in random_units(rng, 25, 16):
+        index.search(query, 5, Equals("n", 1))
+    index.maintenance.join(30)
+    stats = index.stats()
+    assert stats.query_recall >= 0.95
+    assert stats.checked_queries == 16
     index.close()
 
 
@@ -308,7 +401,7 @@ def test_failed_maintenance_is_reported_and_serving_goes_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(index.live, "rebuild", fail)
     index.upsert([make_entry(f"d{i}", unit(1, i)) for i in range(5)])
-    index._background.join(30)
+    index.maintenance.join(30)
     assert index.stats().last_error == "no space left for the test"
     assert index.search(unit(1, 0), 1)[0].id == "d0"
     index.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 import tracemalloc
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess import pages as pages_module
-from tte_jax.preprocess.pages import page_count, render_page, render_pages
+from tte_jax.preprocess.pages import page_count, render_page, render_pages, single_page
 
 
 def pdf(pages: int, width: float = 72, height: float = 144) -> bytes:
@@ -99,3 +100,20 @@ def test_too_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInputError, match="5 pages") as caught:
         page_count(pdf(5))
     assert caught.value.reason == "TOO_MANY_PAGES"
+
+
+def test_a_page_alone_looks_the_same_and_has_the_same_bytes_every_time() -> None:
+    data = pdf(4)
+    alone = single_page(data, 2)
+    assert page_count(alone) == 1 and len(alone) < len(data)
+    np.testing.assert_array_equal(
+        np.asarray(render_page(alone, 0)), np.asarray(render_page(data, 2))
+    )
+    time.sleep(1.1)  # PDFium stamps seconds
+    assert single_page(data, 2) == alone
+    assert single_page(data, 1) != alone
+    one = pdf(1)
+    assert single_page(one, 0) == one
+    with pytest.raises(InvalidInputError) as caught:
+        single_page(data, 4)
+    assert caught.value.reason == "PAGE_OUT_OF_RANGE"

@@ -139,6 +139,7 @@ async def test_stats_snapshot_and_rebuild(stub):
     assert (after.generation, after.delta_documents, after.tombstones) == (2, 0, 0)
     assert after.snapshot_sequence == 22
     assert after.database_bytes > snapshot.bytes
+    assert (after.query_recall, after.checked_queries, after.last_error) == (1.0, 0, "")
 
 
 async def test_errors_name_the_field_or_the_state(stub):
@@ -190,6 +191,68 @@ async def test_damaged_media_are_data_loss(stub, tmp_path):
     file.write_bytes(b"pnG")
     code, reason, _ = await refused(stub.Get(index_pb2.GetRequest(ids=["a"])))
     assert (code, reason) == (grpc.StatusCode.DATA_LOSS, "MEDIA_DAMAGED")
+
+
+async def test_another_embedder_s_vectors_are_staged_and_change_over(stub):
+    entries = [make_entry(f"d{i}", unit(1, i), image=b"png") for i in range(3)]
+    await stub.Upsert(upsert(*entries))
+    pending = index_pb2.ListPendingRequest(embedder_version="e2", limit=2)
+    listed = await stub.ListPending(pending)
+    assert [d.id for d in listed.documents] == ["d0", "d1"]
+    assert (listed.pending, listed.staged) == (3, 0)
+    assert codec.decode_document(listed.documents[0], "").content == entries[0].document.content
+
+    def staged(*documents, version="e2"):
+        return index_pb2.StageVectorsRequest(
+            embedder_version=version,
+            vectors=[
+                index_pb2.StagedVector(
+                    id=id, sequence=number, vector=codec.encode_vector(unit(1, 2, number))
+                )
+                for id, number in documents
+            ],
+        )
+
+    done = await stub.StageVectors(staged(("d0", 1), ("d1", 9), ("d9", 4)))
+    assert list(done.stale_ids) == ["d1", "d9"]
+    stats = await stub.Stats(index_pb2.StatsRequest())
+    assert (stats.staged_embedder_version, stats.staged_documents) == ("e2", 1)
+    state = grpc.StatusCode.FAILED_PRECONDITION
+    promote = index_pb2.PromoteVectorsRequest(embedder_version="e2")
+    code, reason, _ = await refused(stub.PromoteVectors(promote))
+    assert (code, reason) == (state, "REEMBEDDING_INCOMPLETE")
+    other = index_pb2.ListPendingRequest(embedder_version="e3", limit=2)
+    code, reason, _ = await refused(stub.ListPending(other))
+    assert (code, reason) == (state, "REEMBEDDING_OTHER")
+    code, reason, _ = await refused(stub.StageVectors(staged(("d1", 2), version="e3")))
+    assert (code, reason) == (state, "REEMBEDDING_OTHER")
+    code, _, fields = await refused(stub.StageVectors(index_pb2.StageVectorsRequest()))
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["vectors"])
+    code, _, fields = await refused(
+        stub.ListPending(index_pb2.ListPendingRequest(embedder_version="e2", limit=65))
+    )
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["limit"])
+
+    await stub.StageVectors(staged(("d1", 2), ("d2", 3)))
+    report = await stub.PromoteVectors(promote)
+    assert (report.documents, report.sequence) == (3, 6)
+    query = search(unit(1, 2, 3), 1)
+    query.embedder_version = "e2"
+    assert (await stub.Search(query)).hits[0].id == "d2"
+    query.embedder_version = "e1"
+    code, reason, _ = await refused(stub.Search(query))
+    assert (code, reason) == (state, "EMBEDDER_MISMATCH")
+
+
+async def test_verify_says_what_is_wrong(stub, tmp_path):
+    await stub.Upsert(upsert(make_entry("a", unit(1, 0), image=b"png")))
+    verified = await stub.Verify(index_pb2.VerifyRequest())
+    assert (list(verified.problems), verified.documents) == ([], 1)
+    (file,) = (tmp_path / "corpus" / "media").rglob(Media(b"png").sha256)
+    file.write_bytes(b"pnG")
+    verified = await stub.Verify(index_pb2.VerifyRequest())
+    assert len(verified.problems) == 1 and file.name in verified.problems[0]
+    assert not (await stub.Verify(index_pb2.VerifyRequest(omit_media=True))).problems
 
 
 async def test_searches_beside_writes_over_the_wire(stub):

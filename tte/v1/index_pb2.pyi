@@ -170,8 +170,13 @@ class IndexServiceSearchRequest(_message.Message):
     VECTOR_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """How many documents at most, 1 to 1,000."""
+    embedder_version: _builtins.str
+    """Version of the embedder that made the vector; empty = not checked. Vectors of another embedder
+    than the corpus's are FAILED_PRECONDITION with reason EMBEDDER_MISMATCH.
+    """
     @_builtins.property
     def vector(self) -> _vector_pb2.Vector:
         """The query's embedding."""
@@ -186,10 +191,11 @@ class IndexServiceSearchRequest(_message.Message):
         vector: _vector_pb2.Vector | None = ...,
         k: _builtins.int = ...,
         filter: _filter_pb2.Filter | None = ...,
+        embedder_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "k", b"k", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedder_version", b"embedder_version", "filter", b"filter", "k", b"k", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +422,11 @@ class StatsResponse(_message.Message):
     SNAPSHOT_SEQUENCE_FIELD_NUMBER: _builtins.int
     DATABASE_BYTES_FIELD_NUMBER: _builtins.int
     MEDIA_BYTES_FIELD_NUMBER: _builtins.int
+    QUERY_RECALL_FIELD_NUMBER: _builtins.int
+    CHECKED_QUERIES_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
+    STAGED_EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    STAGED_DOCUMENTS_FIELD_NUMBER: _builtins.int
     documents: _builtins.int
     """Live documents."""
     sequence: _builtins.int
@@ -433,8 +444,8 @@ class StatsResponse(_message.Message):
     tombstones: _builtins.int
     """Deleted or replaced rows that the generation still holds and searches skip."""
     recall: _builtins.float
-    """Recall at 10 of this generation against exact search on the canary queries, in [0, 1]; 1 for
-    exact search.
+    """Recall of this generation against exact search on the canary queries, the lower of those at 10
+    and at 50, in [0, 1]; 1 for exact search.
     """
     rebuilding: _builtins.bool
     """A new generation is being built."""
@@ -444,6 +455,19 @@ class StatsResponse(_message.Message):
     """Bytes of the database and the snapshots."""
     media_bytes: _builtins.int
     """Bytes of stored media."""
+    query_recall: _builtins.float
+    """Recall of this generation against exact search on real queries, with the k and the filter that
+    they came with, in [0, 1]; 1 for exact search. Measured again from time to time; when it falls
+    below the target, the index is rebuilt.
+    """
+    checked_queries: _builtins.int
+    """How many queries `query_recall` was measured on; 0 = not measured yet."""
+    last_error: _builtins.str
+    """Why the last work in the background (rebuild, snapshot) failed; empty = it did not."""
+    staged_embedder_version: _builtins.str
+    """The next embedder while the corpus is re-embedded; empty = it is not."""
+    staged_documents: _builtins.int
+    """Documents that have a vector of the next embedder."""
     def __init__(
         self,
         *,
@@ -460,10 +484,15 @@ class StatsResponse(_message.Message):
         snapshot_sequence: _builtins.int = ...,
         database_bytes: _builtins.int = ...,
         media_bytes: _builtins.int = ...,
+        query_recall: _builtins.float = ...,
+        checked_queries: _builtins.int = ...,
+        last_error: _builtins.str = ...,
+        staged_embedder_version: _builtins.str = ...,
+        staged_documents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_bytes", b"database_bytes", "delta_documents", b"delta_documents", "dimension", b"dimension", "documents", b"documents", "embedder_version", b"embedder_version", "generation", b"generation", "kind", b"kind", "media_bytes", b"media_bytes", "rebuilding", b"rebuilding", "recall", b"recall", "sequence", b"sequence", "snapshot_sequence", b"snapshot_sequence", "tombstones", b"tombstones"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_queries", b"checked_queries", "database_bytes", b"database_bytes", "delta_documents", b"delta_documents", "dimension", b"dimension", "documents", b"documents", "embedder_version", b"embedder_version", "generation", b"generation", "kind", b"kind", "last_error", b"last_error", "media_bytes", b"media_bytes", "query_recall", b"query_recall", "rebuilding", b"rebuilding", "recall", b"recall", "sequence", b"sequence", "snapshot_sequence", b"snapshot_sequence", "staged_documents", b"staged_documents", "staged_embedder_version", b"staged_embedder_version", "tombstones", b"tombstones"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,7 +576,7 @@ class RebuildResponse(_message.Message):
     documents: _builtins.int
     """Documents in it."""
     recall: _builtins.float
-    """Recall at 10 against exact search on the canary queries, in [0, 1]."""
+    """Recall against exact search on the canary queries, in [0, 1]."""
     seconds: _builtins.float
     """How long it took."""
     def __init__(
@@ -566,3 +595,255 @@ class RebuildResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RebuildResponse: _TypeAlias = RebuildResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRequest(_message.Message):
+    """Request of `Verify`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OMIT_MEDIA_FIELD_NUMBER: _builtins.int
+    omit_media: _builtins.bool
+    """True does not read the media files, which takes longest."""
+    def __init__(
+        self,
+        *,
+        omit_media: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_media", b"omit_media"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRequest: _TypeAlias = VerifyRequest  # noqa: Y015
+
+@_typing.final
+class VerifyResponse(_message.Message):
+    """Response of `Verify`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    documents: _builtins.int
+    """Live documents that were compared."""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is wrong, one sentence each, at most 1,000; empty = index, database and media agree."""
+
+    def __init__(
+        self,
+        *,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+        documents: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "problems", b"problems"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015
+
+@_typing.final
+class ListPendingRequest(_message.Message):
+    """Request of `ListPending`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_ID_FIELD_NUMBER: _builtins.int
+    RESTART_FIELD_NUMBER: _builtins.int
+    embedder_version: _builtins.str
+    """Version of the next embedder."""
+    limit: _builtins.int
+    """How many documents at most, 1 to 64; fewer come when their media would not fit into a message."""
+    after_id: _builtins.str
+    """Only documents with a greater id; for a caller that has several batches under way."""
+    restart: _builtins.bool
+    """True gives up what was staged before, of this embedder or another."""
+    def __init__(
+        self,
+        *,
+        embedder_version: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        after_id: _builtins.str = ...,
+        restart: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_id", b"after_id", "embedder_version", b"embedder_version", "limit", b"limit", "restart", b"restart"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPendingRequest: _TypeAlias = ListPendingRequest  # noqa: Y015
+
+@_typing.final
+class ListPendingResponse(_message.Message):
+    """Response of `ListPending`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
+    pending: _builtins.int
+    """Pending documents in all."""
+    staged: _builtins.int
+    """Documents that have their vector already."""
+    @_builtins.property
+    def documents(self) -> _containers.RepeatedCompositeFieldContainer[_document_pb2.Document]:
+        """Documents with content and ECR. Empty = nothing is pending behind `after_id`."""
+
+    def __init__(
+        self,
+        *,
+        documents: _abc.Iterable[_document_pb2.Document] | None = ...,
+        pending: _builtins.int = ...,
+        staged: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "pending", b"pending", "staged", b"staged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPendingResponse: _TypeAlias = ListPendingResponse  # noqa: Y015
+
+@_typing.final
+class StagedVector(_message.Message):
+    """A document's vector of the next embedder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Document id."""
+    sequence: _builtins.int
+    """`Document.sequence` of the document that it was made from."""
+    @_builtins.property
+    def vector(self) -> _vector_pb2.Vector:
+        """The embedding, L2-normalised to within 1e-3."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        vector: _vector_pb2.Vector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sequence", b"sequence", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StagedVector: _TypeAlias = StagedVector  # noqa: Y015
+
+@_typing.final
+class StageVectorsRequest(_message.Message):
+    """Request of `StageVectors`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    embedder_version: _builtins.str
+    """Version of the embedder that made the vectors."""
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagedVector]:
+        """1 to 64 vectors."""
+
+    def __init__(
+        self,
+        *,
+        embedder_version: _builtins.str = ...,
+        vectors: _abc.Iterable[Global___StagedVector] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedder_version", b"embedder_version", "vectors", b"vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageVectorsRequest: _TypeAlias = StageVectorsRequest  # noqa: Y015
+
+@_typing.final
+class StageVectorsResponse(_message.Message):
+    """Response of `StageVectors`: all but the stale ones are durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STALE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stale_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Documents that have changed or gone since; those that still exist are pending again."""
+
+    def __init__(
+        self,
+        *,
+        stale_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stale_ids", b"stale_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageVectorsResponse: _TypeAlias = StageVectorsResponse  # noqa: Y015
+
+@_typing.final
+class PromoteVectorsRequest(_message.Message):
+    """Request of `PromoteVectors`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    embedder_version: _builtins.str
+    """Version of the embedder whose vectors shall serve."""
+    def __init__(
+        self,
+        *,
+        embedder_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedder_version", b"embedder_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteVectorsRequest: _TypeAlias = PromoteVectorsRequest  # noqa: Y015
+
+@_typing.final
+class PromoteVectorsResponse(_message.Message):
+    """Response of `PromoteVectors`: the new vectors serve."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Sequence number of the last write; every document got a new one."""
+    documents: _builtins.int
+    """Live documents."""
+    seconds: _builtins.float
+    """How long it took."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        documents: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "seconds", b"seconds", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteVectorsResponse: _TypeAlias = PromoteVectorsResponse  # noqa: Y015

@@ -75,6 +75,26 @@ class IndexServiceStub:
                 request_serializer=tte_dot_v1_dot_index__pb2.RebuildRequest.SerializeToString,
                 response_deserializer=tte_dot_v1_dot_index__pb2.RebuildResponse.FromString,
                 _registered_method=True)
+        self.ListPending = channel.unary_unary(
+                '/tte.v1.IndexService/ListPending',
+                request_serializer=tte_dot_v1_dot_index__pb2.ListPendingRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.ListPendingResponse.FromString,
+                _registered_method=True)
+        self.StageVectors = channel.unary_unary(
+                '/tte.v1.IndexService/StageVectors',
+                request_serializer=tte_dot_v1_dot_index__pb2.StageVectorsRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.StageVectorsResponse.FromString,
+                _registered_method=True)
+        self.PromoteVectors = channel.unary_unary(
+                '/tte.v1.IndexService/PromoteVectors',
+                request_serializer=tte_dot_v1_dot_index__pb2.PromoteVectorsRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.PromoteVectorsResponse.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/tte.v1.IndexService/Verify',
+                request_serializer=tte_dot_v1_dot_index__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.VerifyResponse.FromString,
+                _registered_method=True)
 
 
 class IndexServiceServicer:
@@ -140,8 +160,49 @@ class IndexServiceServicer:
         """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
         Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-        serving).
+        A generation that cannot reach the recall target is searched exactly.
+
+        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPending(self, request, context):
+        """Documents that have no vector of the next embedder yet, in order of id. The first call begins a
+        re-embedding: embed what it lists, `StageVectors`, until nothing is pending, then
+        `PromoteVectors`. Serving goes on with the present vectors; what is staged survives restarts.
+
+        Errors: FAILED_PRECONDITION (reason REEMBEDDING_OTHER: one for another embedder has begun;
+        ALREADY_EMBEDDED: the corpus has this embedder).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StageVectors(self, request, context):
+        """Keeps vectors of the next embedder, durably.
+
+        Errors: INVALID_ARGUMENT (bad vector), FAILED_PRECONDITION (another embedder than was begun, or
+        another dimension than those before).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteVectors(self, request, context):
+        """Builds an index of the staged vectors beside serving, then changes database and index over to
+        them in one step. Returns when they serve; a cancelled call does not stop the work.
+
+        Errors: FAILED_PRECONDITION (reason REEMBEDDING_INCOMPLETE, NO_REEMBEDDING, REEMBEDDING_OTHER or
+        PROMOTE_RUNNING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Compares index, database and media files. Searches go on, writes wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,6 +245,26 @@ def add_IndexServiceServicer_to_server(servicer, server):
                     servicer.Rebuild,
                     request_deserializer=tte_dot_v1_dot_index__pb2.RebuildRequest.FromString,
                     response_serializer=tte_dot_v1_dot_index__pb2.RebuildResponse.SerializeToString,
+            ),
+            'ListPending': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPending,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.ListPendingRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.ListPendingResponse.SerializeToString,
+            ),
+            'StageVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageVectors,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.StageVectorsRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.StageVectorsResponse.SerializeToString,
+            ),
+            'PromoteVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteVectors,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.PromoteVectorsRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.PromoteVectorsResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.VerifyRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.VerifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -381,6 +462,114 @@ class IndexService:
             '/tte.v1.IndexService/Rebuild',
             tte_dot_v1_dot_index__pb2.RebuildRequest.SerializeToString,
             tte_dot_v1_dot_index__pb2.RebuildResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPending(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/ListPending',
+            tte_dot_v1_dot_index__pb2.ListPendingRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.ListPendingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StageVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/StageVectors',
+            tte_dot_v1_dot_index__pb2.StageVectorsRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.StageVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/PromoteVectors',
+            tte_dot_v1_dot_index__pb2.PromoteVectorsRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.PromoteVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/Verify',
+            tte_dot_v1_dot_index__pb2.VerifyRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,9 +66,33 @@ class IndexServiceStub:
     """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
     Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-    serving).
+    A generation that cannot reach the recall target is searched exactly.
+
+    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
     """
+    ListPending: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListPendingRequest, _index_pb2.ListPendingResponse]
+    """Documents that have no vector of the next embedder yet, in order of id. The first call begins a
+    re-embedding: embed what it lists, `StageVectors`, until nothing is pending, then
+    `PromoteVectors`. Serving goes on with the present vectors; what is staged survives restarts.
+
+    Errors: FAILED_PRECONDITION (reason REEMBEDDING_OTHER: one for another embedder has begun;
+    ALREADY_EMBEDDED: the corpus has this embedder).
+    """
+    StageVectors: _grpc.UnaryUnaryMultiCallable[_index_pb2.StageVectorsRequest, _index_pb2.StageVectorsResponse]
+    """Keeps vectors of the next embedder, durably.
+
+    Errors: INVALID_ARGUMENT (bad vector), FAILED_PRECONDITION (another embedder than was begun, or
+    another dimension than those before).
+    """
+    PromoteVectors: _grpc.UnaryUnaryMultiCallable[_index_pb2.PromoteVectorsRequest, _index_pb2.PromoteVectorsResponse]
+    """Builds an index of the staged vectors beside serving, then changes database and index over to
+    them in one step. Returns when they serve; a cancelled call does not stop the work.
+
+    Errors: FAILED_PRECONDITION (reason REEMBEDDING_INCOMPLETE, NO_REEMBEDDING, REEMBEDDING_OTHER or
+    PROMOTE_RUNNING).
+    """
+    Verify: _grpc.UnaryUnaryMultiCallable[_index_pb2.VerifyRequest, _index_pb2.VerifyResponse]
+    """Compares index, database and media files. Searches go on, writes wait."""
 
 @_typing.type_check_only
 class IndexServiceAsyncStub(IndexServiceStub):
@@ -108,9 +132,33 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
     Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-    serving).
+    A generation that cannot reach the recall target is searched exactly.
+
+    Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
     """
+    ListPending: _aio.UnaryUnaryMultiCallable[_index_pb2.ListPendingRequest, _index_pb2.ListPendingResponse]  # type: ignore[assignment]
+    """Documents that have no vector of the next embedder yet, in order of id. The first call begins a
+    re-embedding: embed what it lists, `StageVectors`, until nothing is pending, then
+    `PromoteVectors`. Serving goes on with the present vectors; what is staged survives restarts.
+
+    Errors: FAILED_PRECONDITION (reason REEMBEDDING_OTHER: one for another embedder has begun;
+    ALREADY_EMBEDDED: the corpus has this embedder).
+    """
+    StageVectors: _aio.UnaryUnaryMultiCallable[_index_pb2.StageVectorsRequest, _index_pb2.StageVectorsResponse]  # type: ignore[assignment]
+    """Keeps vectors of the next embedder, durably.
+
+    Errors: INVALID_ARGUMENT (bad vector), FAILED_PRECONDITION (another embedder than was begun, or
+    another dimension than those before).
+    """
+    PromoteVectors: _aio.UnaryUnaryMultiCallable[_index_pb2.PromoteVectorsRequest, _index_pb2.PromoteVectorsResponse]  # type: ignore[assignment]
+    """Builds an index of the staged vectors beside serving, then changes database and index over to
+    them in one step. Returns when they serve; a cancelled call does not stop the work.
+
+    Errors: FAILED_PRECONDITION (reason REEMBEDDING_INCOMPLETE, NO_REEMBEDDING, REEMBEDDING_OTHER or
+    PROMOTE_RUNNING).
+    """
+    Verify: _aio.UnaryUnaryMultiCallable[_index_pb2.VerifyRequest, _index_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Compares index, database and media files. Searches go on, writes wait."""
 
 class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable corpus and the nearest-neighbour index over it.
@@ -189,8 +237,56 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         """Trains a new generation of the index beside the serving one, checks its recall and swaps it in.
         Returns when it serves. Serving goes on; a cancelled call does not stop the work.
 
-        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING, or RECALL_TOO_LOW: the old generation keeps
-        serving).
+        A generation that cannot reach the recall target is searched exactly.
+
+        Errors: FAILED_PRECONDITION (reason REBUILD_RUNNING).
         """
+
+    @_abc_1.abstractmethod
+    def ListPending(
+        self,
+        request: _index_pb2.ListPendingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.ListPendingResponse, _abc.Awaitable[_index_pb2.ListPendingResponse]]:
+        """Documents that have no vector of the next embedder yet, in order of id. The first call begins a
+        re-embedding: embed what it lists, `StageVectors`, until nothing is pending, then
+        `PromoteVectors`. Serving goes on with the present vectors; what is staged survives restarts.
+
+        Errors: FAILED_PRECONDITION (reason REEMBEDDING_OTHER: one for another embedder has begun;
+        ALREADY_EMBEDDED: the corpus has this embedder).
+        """
+
+    @_abc_1.abstractmethod
+    def StageVectors(
+        self,
+        request: _index_pb2.StageVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.StageVectorsResponse, _abc.Awaitable[_index_pb2.StageVectorsResponse]]:
+        """Keeps vectors of the next embedder, durably.
+
+        Errors: INVALID_ARGUMENT (bad vector), FAILED_PRECONDITION (another embedder than was begun, or
+        another dimension than those before).
+        """
+
+    @_abc_1.abstractmethod
+    def PromoteVectors(
+        self,
+        request: _index_pb2.PromoteVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.PromoteVectorsResponse, _abc.Awaitable[_index_pb2.PromoteVectorsResponse]]:
+        """Builds an index of the staged vectors beside serving, then changes database and index over to
+        them in one step. Returns when they serve; a cancelled call does not stop the work.
+
+        Errors: FAILED_PRECONDITION (reason REEMBEDDING_INCOMPLETE, NO_REEMBEDDING, REEMBEDDING_OTHER or
+        PROMOTE_RUNNING).
+        """
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _index_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.VerifyResponse, _abc.Awaitable[_index_pb2.VerifyResponse]]:
+        """Compares index, database and media files. Searches go on, writes wait."""
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

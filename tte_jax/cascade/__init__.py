@@ -15,6 +15,7 @@ from tte_jax.cascade.messages import (
     SearchUpdate,
 )
 from tte_jax.cascade.planning import Caps, Pace
+from tte_jax.cascade.reembed import ReembedUpdate, reembed
 
 __all__ = [
     "Caps",
@@ -27,8 +28,10 @@ __all__ = [
     "ItemResult",
     "ItemState",
     "Pace",
+    "ReembedUpdate",
     "Rejected",
     "SearchQuery",
     "SearchStage",
     "SearchUpdate",
+    "reembed",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from tte_jax.cascade.ingest import Ingest
@@ -14,7 +15,10 @@ from tte_jax.cascade.messages import (
 )
 from tte_jax.cascade.planning import Caps, Pace
 from tte_jax.cascade.search import Search
+from tte_jax.errors import TteError
 from tte_jax.stages import EmbedderStage, IndexStage, ReasonerStage, RerankerStage
+
+log = logging.getLogger(__name__)
 
 
 class Cascade:
@@ -25,6 +29,7 @@ class Cascade:
     Attributes:
       caps: the longest one call of a stage may take in a search.
       pace: what the stages have been taking lately.
+      next_embedder: takes the embedder's place when the corpus changes over to its vectors.
     """
 
     def __init__(
@@ -34,14 +39,29 @@ class Cascade:
         index: IndexStage,
         reranker: RerankerStage,
         *,
+        next_embedder: EmbedderStage | None = None,
         caps: Caps | None = None,
     ) -> None:
         self.reasoner = reasoner
         self.embedder = embedder
+        self.next_embedder = next_embedder
         self.index = index
         self.reranker = reranker
+        self.expected_version = ""
         self.caps = caps or Caps()
         self.pace = Pace()
+
+    def change_over(self, error: TteError) -> bool:
+        """Whether `error` says that the corpus has the other embedder's vectors now, and there is
+        one; the two have then changed places (and do so again when the corpus goes back)."""
+        if error.reason != "EMBEDDER_MISMATCH" or self.next_embedder is None:
+            return False
+        if error.metadata.get("expected") == self.expected_version:
+            return True  # another call has changed over already
+        self.expected_version = error.metadata.get("expected", "")
+        self.embedder, self.next_embedder = self.next_embedder, self.embedder
+        log.warning("the corpus holds vectors of %s: changing over", self.expected_version)
+        return True
 
     def search(self, query: SearchQuery) -> AsyncGenerator[SearchUpdate, None]:
         """Streams rankings: the first-stage one first, refinements after it, the last is final.

@@ -36,6 +36,7 @@ from tte_jax.errors import (
     InternalError,
     InvalidInputError,
     OverloadedError,
+    PreconditionError,
     TteError,
     UnavailableError,
     UnsupportedError,
@@ -277,7 +278,12 @@ class Ingest:
             ]
 
             async def upsert() -> tuple[int, Usage]:
-                written = await self.cascade.index.upsert(entries, timeout_s=CALL_S)
+                try:
+                    written = await self.cascade.index.upsert(entries, timeout_s=CALL_S)
+                except PreconditionError as error:
+                    # These vectors are lost; sent again, the documents get those of the other one.
+                    self.cascade.change_over(error)
+                    raise
                 return written, Usage("index")
 
             self.sequence, _ = await self._patient("index", upsert)

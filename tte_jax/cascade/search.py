@@ -31,6 +31,7 @@ from tte_jax.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidInputError,
+    PreconditionError,
     TteError,
 )
 from tte_jax.stages import (
@@ -96,6 +97,14 @@ class Search:
     # --- required: their errors are the search's errors ---
 
     async def _first_stage(self) -> list[Hit]:
+        try:
+            return await self._find()
+        except PreconditionError as error:
+            if not self.cascade.change_over(error):
+                raise
+        return await self._find()
+
+    async def _find(self) -> list[Hit]:
         query, caps = self.query, self.cascade.caps
         item = EmbedItem(
             content=query.content,
@@ -114,12 +123,18 @@ class Search:
             raise InternalError(
                 "the embedder answered with an unusable vector for the query", stage="embed"
             )
+        # `_call` has just noted it; a corpus of another embedder refuses the vector.
+        embedder_version = self.usage[-1].model_version
         k = max(query.budget.candidates, query.top_k)
         timeout = self._required("index", caps.index)
         return await self._call(
             "index",
             lambda: self.cascade.index.search(
-                vectors[0], k=k, filter=query.filter, timeout_s=timeout
+                vectors[0],
+                k=k,
+                filter=query.filter,
+                embedder_version=embedder_version,
+                timeout_s=timeout,
             ),
             timeout,
         )

@@ -20,6 +20,7 @@ from tte_jax.cli import (
     search,
     serve,
     status,
+    upkeep,
 )
 from tte_jax.cli.output import Output
 
@@ -91,6 +92,7 @@ app.command("rerank")(models.rerank)
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.add_typer(evaluation.app)
+app.add_typer(upkeep.app)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from tte_jax.cli import state
 from tte_jax.client import (
     Client,
     RemoteEmbedder,
+    RemoteIndex,
     RemoteReasoner,
     RemoteReranker,
 )
@@ -24,6 +25,7 @@ _STAGES: Mapping[str, type[Any]] = {
     "reasoner": RemoteReasoner,
     "embedder": RemoteEmbedder,
     "reranker": RemoteReranker,
+    "index": RemoteIndex,
 }
 
 
@@ -41,7 +43,8 @@ def connect(address: str = "") -> Client:
 
 
 def ask(role: str, address: str, call: Callable[[Any], Awaitable[T]]) -> T:
-    """What `call` gets from the service of `role` ("reasoner", "embedder", "reranker")."""
+    """What `call` gets from the service of `role` ("reasoner", "embedder", "reranker",
+    "index")."""
     target = checked(address) or addresses()[role]
 
     async def run() -> T:

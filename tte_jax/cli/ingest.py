@@ -1,4 +1,4 @@
-"""`tte ingest`: images in folders and JSONL manifests into the corpus."""
+"""`tte ingest`: images, videos, PDFs and JSONL manifests into the corpus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from tte_jax.cascade.messages import IngestOptions, IngestUpdate, ItemState
 from tte_jax.cli import exits, options, sources
 from tte_jax.cli.connection import Client, connect
+from tte_jax.cli.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from tte_jax.cli.output import Output
 from tte_jax.cli.parsing import parse_pair
 from tte_jax.cli.progress import bar
@@ -22,8 +23,8 @@ def ingest(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Images, folders of images (PNG, JPEG, WebP), or .jsonl manifests with "
-            '{"id", "text", "image" or "images", "metadata"} per line.'
+            help="Images, videos, PDFs (a document a page), folders of them, or .jsonl manifests "
+            'with {"id", "text", "image" or "images", "video", "pdf", "page", "metadata"} per line.'
         ),
     ],
     metadata: Annotated[
@@ -50,19 +51,21 @@ def ingest(
     """
     out = Output(json=json)
     rules = metadata_rules(metadata or [])
-    files, others = sources.find(paths)
+    unreadable: list[sources.BadSource] = []
+    files, others = sources.find(paths, unreadable)
     if not files:
         raise InvalidInputError(
-            f"{', '.join(map(str, paths))}: no image (PNG, JPEG, WebP) and no .jsonl manifest "
-            f"in there ({others} other files).",
+            f"{', '.join(map(str, paths))}: no image, video, PDF or .jsonl manifest in there "
+            f"({others} other files, {len(unreadable)} folders that cannot be read).",
             reason="NOTHING_TO_INGEST",
         )
     run = _Run(files, rules, id_prefix)
+    run.bad += unreadable
     choice = IngestOptions(reasoning_tokens=reasoning_tokens, instruction=instruction)
     with connect(address) as client:
         last = run.send(client, choice, out)
     if others:
-        out.note(f"{others} files were neither images nor manifests and were left out.")
+        out.note(f"{others} files of other kinds were left out.")
     _report(run, last, out)
     if run.bad:
         raise typer.Exit(exits.FAILED)
@@ -112,8 +115,9 @@ class _Run:
 
     def send(self, client: Client, choice: IngestOptions, out: Output) -> IngestUpdate:
         last = IngestUpdate(results=(), received=0, stored=0, skipped=0, failed=0)
-        # A manifest holds any number of documents, so that files count only where there is none.
-        plain = all(path.suffix.lower() in sources.IMAGE_SUFFIXES for path, _ in self.files)
+        # A manifest or a PDF holds any number of documents.
+        single = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        plain = all(path.suffix.lower() in single for path, _ in self.files)
         try:
             with bar("Ingesting", len(self.files) if plain else None, out) as advance:
                 for last in client.ingest(self.documents(), choice):

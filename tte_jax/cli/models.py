@@ -12,9 +12,9 @@ from rich.table import Table
 from tte_jax import limits
 from tte_jax.cli import options, views
 from tte_jax.cli.connection import ask
+from tte_jax.cli.files import read_image
 from tte_jax.cli.output import Output
 from tte_jax.cli.search import query_content
-from tte_jax.cli.sources import read_image
 from tte_jax.content import Budget, Side
 from tte_jax.errors import InvalidInputError
 from tte_jax.stages import EmbedItem, ReasonItem

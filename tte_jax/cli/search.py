@@ -11,9 +11,9 @@ from tte_jax import limits
 from tte_jax.cascade.messages import SearchQuery, SearchUpdate
 from tte_jax.cli import options, views
 from tte_jax.cli.connection import connect
+from tte_jax.cli.files import read_image
 from tte_jax.cli.output import Output
 from tte_jax.cli.parsing import parse_budget, parse_filters
-from tte_jax.cli.sources import read_image
 from tte_jax.content import Budget, Content
 from tte_jax.errors import InternalError, InvalidInputError
 

@@ -29,7 +29,15 @@ from tte_jax.content import Document, Reasoning, Usage
 from tte_jax.errors import InternalError, InvalidInputError, UnavailableError
 from tte_jax.filters import Filter
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_DELETE_IDS
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, StoredVersions
+from tte_jax.stages import (
+    EmbedItem,
+    Hit,
+    IndexEntry,
+    Promoted,
+    ReasonItem,
+    StagedVector,
+    StoredVersions,
+)
 
 
 class _Remote:
@@ -181,9 +189,12 @@ class RemoteIndex(_Remote):
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
-        request = index_pb2.IndexServiceSearchRequest(vector=codec.encode_vector(vector), k=k)
+        request = index_pb2.IndexServiceSearchRequest(
+            vector=codec.encode_vector(vector), k=k, embedder_version=embedder_version
+        )
         if filter is not None:
             request.filter.CopyFrom(codec.encode_filter(filter))
         with translated(self.peer):
@@ -255,6 +266,66 @@ class RemoteIndex(_Remote):
                         codec.decode_metadata(document.metadata, "document.metadata"),
                     )
         return found
+
+    async def pending(
+        self,
+        embedder_version: str,
+        *,
+        limit: int,
+        after: str = "",
+        restart: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[list[Document], int, int]:
+        """(documents to embed next, pending in all, staged in all); see `ListPending`."""
+        request = index_pb2.ListPendingRequest(
+            embedder_version=embedder_version, limit=limit, after_id=after, restart=restart
+        )
+        with translated(self.peer):
+            response = await self._stub.ListPending(
+                request, timeout=timeout_s, metadata=self.metadata
+            )
+        with _answers(self.peer):
+            documents = [codec.decode_document(d, "document") for d in response.documents]
+        return documents, response.pending, response.staged
+
+    async def stage(
+        self,
+        embedder_version: str,
+        vectors: Sequence[StagedVector],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Keeps them durably; returns the stale ids."""
+        request = index_pb2.StageVectorsRequest(
+            embedder_version=embedder_version,
+            vectors=[
+                index_pb2.StagedVector(id=id, sequence=sequence, vector=codec.encode_vector(vector))
+                for id, sequence, vector in vectors
+            ],
+        )
+        with translated(self.peer):
+            response = await self._stub.StageVectors(
+                request, timeout=timeout_s, metadata=self.metadata
+            )
+        return list(response.stale_ids)
+
+    async def promote(self, embedder_version: str, *, timeout_s: float | None = None) -> Promoted:
+        """The staged vectors serve when it returns."""
+        request = index_pb2.PromoteVectorsRequest(embedder_version=embedder_version)
+        with translated(self.peer):
+            response = await self._stub.PromoteVectors(
+                request, timeout=timeout_s, metadata=self.metadata
+            )
+        return Promoted(response.sequence, response.documents, response.seconds)
+
+    async def verify(
+        self, *, media: bool = True, timeout_s: float | None = None
+    ) -> tuple[list[str], int]:
+        """(what is wrong with index, database and media; documents compared)."""
+        request = index_pb2.VerifyRequest(omit_media=not media)
+        with translated(self.peer):
+            response = await self._stub.Verify(request, timeout=timeout_s, metadata=self.metadata)
+        return list(response.problems), response.documents
 
 
 @contextmanager

@@ -7,6 +7,8 @@ read is checked. A file is durable before the database row that names it is writ
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,8 @@ import fsspec
 from tte_jax.corpus.durable import fsync_directory, fsync_file, write_atomically
 from tte_jax.corpus.faults import translated
 from tte_jax.errors import DataLossError
+
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class MediaStore(Protocol):
@@ -32,6 +36,17 @@ class MediaStore(Protocol):
 
     def remove(self, sha256: str) -> None:
         """Forget a file; unknown keys are ignored."""
+        ...
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all files that are there, whatever their content is."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove what a process that died left half-written; returns how many files.
+
+        Only for the one writer, while it puts nothing.
+        """
         ...
 
 
@@ -81,6 +96,19 @@ class LocalMedia:
         with translated(path):
             path.unlink(missing_ok=True)
 
+    def keys(self) -> Iterator[str]:
+        for file in self.root.glob("??/??/*"):
+            if _KEY.fullmatch(file.name):
+                yield file.name
+
+    def sweep(self) -> int:
+        count = 0
+        with translated(self.root):
+            for file in self.root.glob("??/??/.*.tmp"):
+                file.unlink(missing_ok=True)
+                count += 1
+        return count
+
     def _path(self, sha256: str) -> Path:
         return self.root / sha256[:2] / sha256[2:4] / sha256
 
@@ -124,6 +152,17 @@ class ObjectMedia:
         with translated(key):
             if self._fs.exists(key):
                 self._fs.rm_file(key)
+
+    def keys(self) -> Iterator[str]:
+        with translated(self.uri):
+            found = self._fs.find(self._root) if self._fs.exists(self._root) else []
+        for name in found:
+            key = str(name).rpartition("/")[2]
+            if _KEY.fullmatch(key):
+                yield key
+
+    def sweep(self) -> int:
+        return 0  # an object is there whole or not at all
 
     def _key(self, sha256: str) -> str:
         return f"{self._root}/{sha256[:2]}/{sha256[2:4]}/{sha256}"

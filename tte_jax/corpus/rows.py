@@ -82,6 +82,12 @@ def number(db: sqlite3.Connection, key: str) -> int:
     return int(db.execute("SELECT value FROM corpus WHERE key = ?", (key,)).fetchone()[0])
 
 
+def text(db: sqlite3.Connection, key: str) -> str:
+    """A setting of the corpus, "" when it is not set."""
+    row = db.execute("SELECT value FROM corpus WHERE key = ?", (key,)).fetchone()
+    return "" if row is None else str(row[0])
+
+
 def set_value(db: sqlite3.Connection, key: str, value: object) -> None:
     db.execute("INSERT OR REPLACE INTO corpus (key, value) VALUES (?, ?)", (key, str(value)))
 

@@ -10,7 +10,7 @@ from tte_jax.errors import DataLossError, PreconditionError
 
 # "TTEC" as a big-endian integer: tells a corpus from any other SQLite file.
 APPLICATION_ID = 0x54544543
-VERSION = 1
+VERSION = 2
 
 # The vector stands last: SQLite reads a row from its beginning, and most reads do not want it.
 _TABLES = """
@@ -51,10 +51,20 @@ CREATE TABLE document_media (
 CREATE INDEX document_media_by_hash ON document_media (sha256);
 """
 
-Migration = Callable[[sqlite3.Connection], None]
+# Version 2: the next embedder's vectors (`staging`). Made by the migration, so that a new corpus
+# and a migrated one cannot differ.
+_STAGED = """
+CREATE TABLE staged (
+  document_id TEXT PRIMARY KEY,
+  sequence    INTEGER NOT NULL,
+  vector      BLOB NOT NULL
+)
+"""
+
+Migration = Callable[[sqlite3.Connection], object]
 
 # MIGRATIONS[v] turns a corpus of version v into one of version v + 1.
-MIGRATIONS: Mapping[int, Migration] = {}
+MIGRATIONS: Mapping[int, Migration] = {1: lambda connection: connection.execute(_STAGED)}
 
 
 def prepare(
@@ -81,9 +91,9 @@ def prepare(
         found = check(connection, where=where, version=version)
         if found == 0:
             _create(connection)
-        else:
-            for step in range(found, version):
-                migrations[step](connection)
+            found = 1
+        for step in range(found, version):
+            migrations[step](connection)
         connection.execute(f"PRAGMA user_version = {version}")
         connection.execute("COMMIT")
     except BaseException:
@@ -92,8 +102,15 @@ def prepare(
         raise
 
 
-def check(connection: sqlite3.Connection, *, where: object, version: int = VERSION) -> int:
-    """The version of the corpus, 0 for an empty database; raises as `prepare` does."""
+def check(
+    connection: sqlite3.Connection,
+    *,
+    where: object,
+    version: int = VERSION,
+    may_migrate: bool = True,
+) -> int:
+    """The version of the corpus, 0 for an empty database; raises as `prepare` does, and
+    PreconditionError for an older version unless it `may_migrate`."""
     found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     application = int(connection.execute("PRAGMA application_id").fetchone()[0])
     tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
@@ -109,6 +126,14 @@ def check(connection: sqlite3.Connection, *, where: object, version: int = VERSI
             f"the corpus {where} has schema version {found}; this program knows versions up to "
             f"{version}. Upgrade tte-jax, or open a corpus made by this version.",
             reason="SCHEMA_TOO_NEW",
+            found=found,
+            supported=version,
+        )
+    if found < version and not may_migrate:
+        raise PreconditionError(
+            f"the corpus {where} has schema version {found}, this program reads version {version}. "
+            "Serve it once with this version, which brings it up to date.",
+            reason="SCHEMA_TOO_OLD",
             found=found,
             supported=version,
         )

@@ -8,10 +8,11 @@ deleted documents are never given out again, so "everything after sequence s" is
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tte_jax.content import Metadata, Reasoning
@@ -45,7 +46,9 @@ __all__ = [
 ]
 
 DATABASE = "corpus.sqlite3"
+MEDIA = "media"
 LOCK = "corpus.lock"
+_SNAPSHOTS = "snapshots"
 
 
 class CorpusStore:
@@ -67,8 +70,8 @@ class CorpusStore:
         if read_only:
             if not self._file.is_file():
                 raise NotFoundError(f"there is no corpus in {path}: {DATABASE} is missing")
-            with translated(self._file), self._reader() as db:
-                schema.check(db, where=self._file)
+            with translated(self._file), self.reader() as db:
+                schema.check(db, where=self._file, may_migrate=False)
             return
         with translated(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,7 @@ class CorpusStore:
           StorageFullError: no disk space; nothing was stored.
         """
         validate(entries)
-        with self._transaction() as db:
+        with self.transaction() as db:
             rows.admit(db, entries)
             sequence = rows.number(db, "sequence")
             sequences: list[int] = []
@@ -139,14 +142,14 @@ class CorpusStore:
 
     def admit(self, entries: Sequence[IndexEntry]) -> None:
         """Raise `PreconditionError` if `upsert` would refuse the vectors; stores nothing."""
-        with self._reader() as db:
+        with self.reader() as db:
             rows.admit(db, entries)
 
     def delete(self, ids: Sequence[str]) -> tuple[list[Removed], list[str]]:
         """Delete documents, all in one transaction; returns (removed, unknown ids)."""
         removed: list[Removed] = []
         unknown: list[str] = []
-        with self._transaction() as db:
+        with self.transaction() as db:
             sequence = rows.number(db, "sequence")
             for id in dict.fromkeys(ids):
                 if db.execute("DELETE FROM documents WHERE id = ?", (id,)).rowcount == 0:
@@ -154,6 +157,7 @@ class CorpusStore:
                     continue
                 sequence += 1
                 db.execute("DELETE FROM document_media WHERE document_id = ?", (id,))
+                db.execute("DELETE FROM staged WHERE document_id = ?", (id,))
                 db.execute("INSERT INTO tombstones (sequence, id) VALUES (?, ?)", (sequence, id))
                 removed.append(Removed(sequence, id))
             rows.set_value(db, "sequence", sequence)
@@ -161,14 +165,22 @@ class CorpusStore:
 
     def forget_tombstones(self, up_to: int) -> None:
         """Drop deletions of sequence ≤ `up_to`; replay then works only from there on."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             if up_to > rows.number(db, "horizon"):
                 db.execute("DELETE FROM tombstones WHERE sequence <= ?", (up_to,))
                 rows.set_value(db, "horizon", up_to)
 
+    def record_snapshots(self, digests: Mapping[int, str]) -> None:
+        """Keep the digest of each snapshot (by sequence); others are not to be trusted."""
+        self.set_value(_SNAPSHOTS, json.dumps(dict(digests)))
+
+    def snapshot_digests(self) -> dict[int, str]:
+        """Sequence → digest of the snapshots that this corpus has written and kept."""
+        return {int(k): str(v) for k, v in json.loads(self.value(_SNAPSHOTS) or "{}").items()}
+
     def set_value(self, key: str, value: str) -> None:
         """Keep a small setting of the corpus (such as where its media are)."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             rows.set_value(db, key, value)
 
     # Reading
@@ -191,16 +203,27 @@ class CorpusStore:
     @property
     def profile(self) -> CorpusProfile | None:
         """Dimension and embedder version of all vectors, `None` while the corpus is empty."""
-        with self._reader() as db:
+        with self.reader() as db:
             return rows.profile(db)
 
+    def profiles(self) -> dict[CorpusProfile, int]:
+        """How many vectors there are of each profile; more than one is a defect."""
+        counted = "SELECT dimension, embedder_version, count(*) FROM documents GROUP BY 1, 2"
+        with self.reader() as db:
+            return {CorpusProfile(row[0], row[1]): row[2] for row in db.execute(counted)}
+
+    def ids(self) -> list[str]:
+        """The ids of all documents, sorted."""
+        with self.reader() as db:
+            return [row[0] for row in db.execute("SELECT id FROM documents ORDER BY id")]
+
     def value(self, key: str) -> str:
-        with self._reader() as db:
+        with self.reader() as db:
             row = db.execute("SELECT value FROM corpus WHERE key = ?", (key,)).fetchone()
         return "" if row is None else str(row[0])
 
     def count(self) -> int:
-        with self._reader() as db:
+        with self.reader() as db:
             return int(db.execute("SELECT count(*) FROM documents").fetchone()[0])
 
     def documents(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
@@ -239,13 +262,13 @@ class CorpusStore:
 
     def metadata(self) -> dict[str, tuple[int, Metadata]]:
         """(sequence, metadata) of every document."""
-        with self._reader() as db:
+        with self.reader() as db:
             every = db.execute("SELECT id, sequence, metadata FROM documents")
             return {id: (sequence, decode_metadata(raw)) for id, sequence, raw in every}
 
     def changes_since(self, sequence: int) -> Iterator[Change]:
         """Live documents written after `sequence` and deletions after it, in order."""
-        with self._reader() as db:
+        with self.reader() as db:
             log = db.execute(
                 "SELECT sequence, id, metadata, dimension, vector FROM documents "
                 "WHERE sequence > :s UNION ALL "
@@ -261,31 +284,49 @@ class CorpusStore:
                         number, id, decode_vector(vector, dimension, id), decode_metadata(metadata)
                     )
 
+    def entries_of(self, ids: Sequence[str]) -> list[Stored]:
+        """What the index needs of the documents that exist, in any order."""
+        columns = "sequence, id, dimension, vector, metadata"
+        return [
+            Stored(row[0], row[1], decode_vector(row[3], row[2], row[1]), decode_metadata(row[4]))
+            for row in self._by_id(columns, ids)
+        ]
+
     def media_of(self, ids: Sequence[str]) -> set[str]:
         """Hashes of the media that the given documents name."""
         found: set[str] = set()
-        with self._reader() as db:
+        with self.reader() as db:
             for marks, chunk in rows.in_chunks(ids):
                 query = f"SELECT sha256 FROM document_media WHERE document_id IN ({marks})"
                 found.update(row[0] for row in db.execute(query, chunk))
         return found
 
+    def media_by_document(self, ids: Sequence[str]) -> dict[str, set[str]]:
+        """The hashes that `document_media` has for each id; ids without media are left out."""
+        found: dict[str, set[str]] = {}
+        with self.reader() as db:
+            for marks, chunk in rows.in_chunks(ids):
+                query = f"SELECT * FROM document_media WHERE document_id IN ({marks})"
+                for id, sha256, _ in db.execute(query, chunk):
+                    found.setdefault(id, set()).add(sha256)
+        return found
+
     def unreferenced(self, hashes: Sequence[str]) -> set[str]:
         """Those of the given media hashes that no document names."""
         found: set[str] = set()
-        with self._reader() as db:
+        with self.reader() as db:
             for marks, chunk in rows.in_chunks(hashes):
                 query = f"SELECT sha256 FROM document_media WHERE sha256 IN ({marks})"
                 found.update(row[0] for row in db.execute(query, chunk))
         return set(hashes) - found
 
     def all_media(self) -> set[str]:
-        with self._reader() as db:
+        with self.reader() as db:
             return {r[0] for r in db.execute("SELECT DISTINCT sha256 FROM document_media")}
 
     def media_bytes(self) -> int:
         """Bytes of all media that documents name, each counted once."""
-        with self._reader() as db:
+        with self.reader() as db:
             distinct = "SELECT DISTINCT sha256, bytes FROM document_media"
             row = db.execute(f"SELECT coalesce(sum(bytes), 0) FROM ({distinct})").fetchone()
         return int(row[0])
@@ -297,14 +338,25 @@ class CorpusStore:
 
     def integrity(self) -> list[str]:
         """Problems that SQLite finds in its own file; empty = none."""
-        with self._reader() as db:
+        with self.reader() as db:
             lines = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
         return [] if lines == ["ok"] else lines
 
-    # Inside
+    def copy_to(self, path: Path) -> None:
+        """Copy the database, as it is at one moment, over the file `path`; writers go on."""
+        with self.reader() as source, translated(path):
+            target = sqlite3.connect(path)
+            try:
+                source.backup(target)
+                # One file, which can be read on a read-only disk.
+                target.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                target.close()
+
+    # For the other modules of this package
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, translated(self._file):
             if self.read_only:
                 raise not_writable(f"{self._file} (opened read-only)")
@@ -322,7 +374,7 @@ class CorpusStore:
                 raise
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
+    def reader(self) -> Iterator[sqlite3.Connection]:
         if self._closed:
             raise UnavailableError("the corpus is closed; the server is shutting down")
         with translated(self._file):
@@ -338,6 +390,8 @@ class CorpusStore:
                 else:
                     self._readers.put(db)
 
+    # Inside
+
     def _connect(self, uri: str) -> sqlite3.Connection:
         return sqlite3.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
@@ -345,7 +399,7 @@ class CorpusStore:
 
     def _by_id(self, columns: str, ids: Sequence[str]) -> list[tuple]:
         found: list[tuple] = []
-        with self._reader() as db:
+        with self.reader() as db:
             for marks, chunk in rows.in_chunks(ids):
                 query = f"SELECT {columns} FROM documents WHERE id IN ({marks})"
                 found += db.execute(query, chunk).fetchall()

@@ -3,7 +3,8 @@
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
 from tte_jax.index.local_index import LocalIndex
 from tte_jax.index.protocol import Searcher
-from tte_jax.index.service_index import CorpusIndex, IndexStats
+from tte_jax.index.reports import IndexStats
+from tte_jax.index.service_index import CorpusIndex
 
 __all__ = [
     "CorpusIndex",

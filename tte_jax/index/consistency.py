@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 
+from tte_jax.corpus.backup import media_of
+from tte_jax.corpus.checks import database_problems, media_problems
 from tte_jax.corpus.media import MediaStore
 from tte_jax.corpus.records import Removed
 from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import DataLossError
 from tte_jax.index.generation import Rows
+from tte_jax.index.recovery import SNAPSHOTS, recover
 
 
 def problems(store: CorpusStore, rows: Rows, media: MediaStore | None) -> list[str]:
@@ -19,7 +25,19 @@ def problems(store: CorpusStore, rows: Rows, media: MediaStore | None) -> list[s
       rows: the live rows of the index.
       media: also read every media file that a document names and check its hash.
     """
-    found = [f"database: {line}" for line in store.integrity()]
+    found = list(database_problems(store))
+    try:
+        found += _differences(store, rows)
+    except DataLossError as exc:
+        if exc.message not in found:
+            found.append(exc.message)
+    if media is not None:
+        found += media_problems(store, media)
+    return found
+
+
+def _differences(store: CorpusStore, rows: Rows) -> list[str]:
+    found: list[str] = []
     indexed = {id: i for i, id in enumerate(rows.ids)}
     if len(indexed) != len(rows):
         found.append(f"index: {len(rows) - len(indexed)} ids stand in it twice")
@@ -35,12 +53,21 @@ def problems(store: CorpusStore, rows: Rows, media: MediaStore | None) -> list[s
             found.append(f"document {change.id!r} has another vector in the index")
         elif rows.metadata[row] != change.metadata:
             found.append(f"document {change.id!r} has other metadata in the index")
-    found += [f"index: {id!r} is not in the database" for id in indexed]
-    if media is None:
-        return found
-    for sha256 in sorted(store.all_media()):
+    return found + [f"index: {id!r} is not in the database" for id in indexed]
+
+
+def problems_at_rest(path: Path, *, media: bool = True) -> list[str]:
+    """What is wrong with a corpus that nobody serves: database, media, and what the next start
+    would make of its snapshots.
+
+    Raises:
+      NotFoundError: there is no corpus.
+      PreconditionError: another version of this program made it.
+    """
+    with closing(CorpusStore.open(path, read_only=True)) as store:
         try:
-            media.get(sha256)
+            rows, _ = recover(store, path / SNAPSHOTS)
         except DataLossError as exc:
-            found.append(exc.message)
-    return found
+            # The index cannot even be made; what the database says of itself says more.
+            return list(dict.fromkeys([*database_problems(store), exc.message]))
+        return problems(store, rows, media_of(store) if media else None)

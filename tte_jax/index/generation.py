@@ -45,7 +45,7 @@ class Generation:
       rows: the documents.
       searcher: approximate searcher, `None` = exact search.
       columns: the rows' metadata by field.
-      recall: recall@10 on the canary sample when it was built; 1 for exact search.
+      recall: on the canary sample when it was built (`recall.check_recall`); 1 for exact search.
     """
 
     number: int

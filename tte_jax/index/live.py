@@ -10,7 +10,6 @@ serving, writes that arrive meanwhile are remembered and replayed, and one assig
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -26,15 +25,22 @@ from tte_jax.index import exact, scann_index
 from tte_jax.index.columns import Columns
 from tte_jax.index.generation import Delta, Generation, Rows, View
 from tte_jax.index.protocol import Searcher
+from tte_jax.index.recall import (
+    Asked,
+    QueryRecall,
+    QuerySample,
+    check_recall,
+    wanted_rows,
+    worst_true_score,
+)
 
 log = logging.getLogger(__name__)
 
 # When fewer rows than this share survive filter and tombstones, scanning them is faster and
 # better than over-fetching (measured: at 10 % over-fetching five-fold finds half of the truth).
 EXACT_SHARE = 0.15
-_OVERFETCH = 2.0
-_OVERFETCH_ROWS = 50
-_CANARY_K = 10
+# A recall target is not raised beyond this: the last per cent costs more than it is worth.
+_HIGHEST_TARGET = 0.99
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,11 @@ class IndexConfig:
       tree_from: from this many rows on, ScaNN partitions before it hashes.
       delta_rows: rebuild when more rows than this wait in the delta …
       delta_share: … and more than this share of the generation, or when that share is dead.
-      recall_floor: least recall@10 on the canary sample for a searcher to serve.
-      canaries: size of that sample.
+      recall_floor: least recall for a searcher to serve, on canaries (10 and 50 neighbours) before
+        it does, on real queries (their own k and filter) while it does.
+      canaries: size of that sample, and of each sample of real queries.
+      recent_queries: real queries that are remembered.
+      check_every: queries after which the recall of some of them is measured.
       build_threads: threads that train ScaNN.
     """
 
@@ -57,6 +66,8 @@ class IndexConfig:
     delta_share: float = 0.1
     recall_floor: float = 0.95
     canaries: int = 64
+    recent_queries: int = 512
+    check_every: int = 1000
     build_threads: int = 1
 
 
@@ -87,15 +98,29 @@ class LiveIndex:
     """
 
     def __init__(
-        self, rows: Rows | None = None, *, sequence: int = 0, config: IndexConfig | None = None
+        self,
+        rows: Rows | None = None,
+        *,
+        sequence: int = 0,
+        config: IndexConfig | None = None,
+        generation: Generation | None = None,
     ) -> None:
         self.config = config or IndexConfig()
         self._write_lock = threading.Lock()
         self._rebuild_lock = threading.Lock()
         # Writes since a running rebuild copied its rows; None when no rebuild runs.
         self._since_copy: list[Change] | None = None
-        rows = rows if rows is not None else Rows.empty()
-        self._view = self._first_view(Generation(1, rows, None, Columns(rows.metadata)), sequence)
+        self.queries = QuerySample(self.config.recent_queries, self.config.check_every)
+        # What made the vectors, "" while there are none; kept here by the corpus's owner, so that
+        # whoever holds this object cannot search it with another embedder's query.
+        self.embedder_version = ""
+        self._query_recall = QueryRecall(1.0, 0)
+        self._target = self.config.recall_floor
+        self._drifted = False
+        if generation is None:
+            rows = rows if rows is not None else Rows.empty()
+            generation = Generation(1, rows, None, Columns(rows.metadata))
+        self._view = self._first_view(generation, sequence)
 
     @property
     def view(self) -> View:
@@ -105,6 +130,11 @@ class LiveIndex:
     @property
     def rebuilding(self) -> bool:
         return self._since_copy is not None
+
+    @property
+    def query_recall(self) -> QueryRecall:
+        """The last measurement on real queries for this generation; of 0 queries before one."""
+        return self._query_recall
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Make a batch of committed writes visible, all at once, to the next search."""
@@ -127,6 +157,7 @@ class LiveIndex:
         view = self._view
         if not view.live:
             return []
+        self.queries.note(Asked(vector, k, filter))
         if view.dimension != len(vector):
             raise PreconditionError(
                 f"the query vector has dimension {len(vector)}; this corpus holds dimension "
@@ -164,15 +195,50 @@ class LiveIndex:
             found.append(Found(id, cosine, metadata))
         return found
 
+    def needs_recall_check(self) -> bool:
+        """Whether many queries have been answered approximately since the last measurement."""
+        return self._view.generation.searcher is not None and self.queries.due
+
+    def measure_recall(self) -> QueryRecall:
+        """Answer some of the last queries again, exactly, and compare.
+
+        Below the floor the generation counts as drifted: the next one is built against these
+        queries and with half as many misses allowed.
+        """
+        view = self._view
+        vectors = view.generation.rows.vectors
+        hits = wanted = 0
+        sample = self.queries.draw(self.config.canaries, vectors.shape[1])
+        for asked in sample:
+            rows = np.flatnonzero(_survivors(view, asked.filter))
+            if not len(rows):
+                continue
+            worst = worst_true_score(vectors, asked.vector, asked.k, rows)
+            found = _search_generation(view, asked.vector, asked.k, asked.filter)
+            k = min(asked.k, len(rows))
+            hits += min(k, int((exact.score(vectors, asked.vector, found) >= worst).sum()))
+            wanted += k
+        recall = QueryRecall(hits / wanted if wanted else 1.0, len(sample) if wanted else 0)
+        if view.generation is self._view.generation:
+            self._query_recall = recall
+            if recall.recall < self.config.recall_floor and self._target < _HIGHEST_TARGET:
+                log.warning(
+                    "recall on %d real queries is %.3f, below %.3f: the index will be rebuilt",
+                    recall.queries, recall.recall, self.config.recall_floor,
+                )  # fmt: skip
+                self._drifted = True
+        return recall
+
     def needs_rebuild(self) -> bool:
-        """Whether the delta or the dead rows have outgrown the limits, or ScaNN is due."""
+        """Whether the delta or the dead rows have outgrown the limits, ScaNN is due, or the
+        recall on real queries has fallen."""
         view, config = self._view, self.config
         built = len(view.alive)
         waiting = len(view.delta_alive)
         dead = built - int(view.alive.sum())
         limit = max(config.delta_rows, config.delta_share * built)
         due = view.generation.number == 1 and built >= config.exact_below
-        return due or waiting > limit or dead > limit
+        return due or self._drifted or waiting > limit or dead > limit
 
     def rebuild(self) -> RebuildReport:
         """Build, check and swap in a new generation while searches and writes go on.
@@ -198,6 +264,8 @@ class LiveIndex:
         with self._write_lock:
             source = self._view
             self._since_copy = []
+            if self._drifted:
+                self._target = min(_HIGHEST_TARGET, 1 - (1 - self._target) / 2)
         try:
             rows = source.gather()
             searcher, recall = self._build(rows)
@@ -208,6 +276,8 @@ class LiveIndex:
                 view = self._first_view(generation, source.sequence)
                 # One assignment: a search between two would miss the writes carried over.
                 self._view = self._after(view, self._since_copy)
+                self._query_recall = QueryRecall(1.0, 0)
+                self._drifted = False
         finally:
             with self._write_lock:
                 self._since_copy = None
@@ -226,7 +296,8 @@ class LiveIndex:
         searcher = scann_index.ScannSearcher(
             rows.vectors, tree=len(rows) >= config.tree_from, threads=config.build_threads
         )
-        recall = check_recall(searcher, rows.vectors, config.canaries, config.recall_floor)
+        asked = self.queries.draw(config.canaries, rows.vectors.shape[1])
+        recall = check_recall(searcher, rows.vectors, config.canaries, self._target, asked)
         if recall < config.recall_floor:
             log.warning(
                 "%s over %d rows reaches canary recall %.3f, below %.3f: searching exactly",
@@ -277,53 +348,28 @@ class LiveIndex:
             delta=delta,
             delta_vectors=delta.vectors,
             delta_alive=np.array(delta_alive, dtype=bool),
-            sequence=changes[-1].sequence,
+            sequence=max(view.sequence, changes[-1].sequence),
             live=len(self._where),
         )
 
 
-def check_recall(searcher: Searcher, vectors: np.ndarray, canaries: int, floor: float) -> float:
-    """Recall@10 of `searcher` against exact search on canary queries.
-
-    Half of them are rows, half are rows with noise of equal length added: real queries (a text
-    looking for an image, say) lie off the documents, where a tree misses more. Below `floor` the
-    searcher is made to search harder, step by step, while it can.
-    """
-    rng = np.random.default_rng(0)
-    sample = rng.choice(len(vectors), size=min(canaries, len(vectors)), replace=False)
-    queries = vectors[sample].astype(np.float64)
-    noise = rng.standard_normal(queries.shape)
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    queries[1::2] += noise[1::2]
-    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-    k = min(_CANARY_K, len(vectors))
-    # The k-th best true score: any row that reaches it is a right answer, also among ties.
-    truth = [
-        np.sort(exact.score(vectors, query, exact.propose(vectors, query, k)))[-k]
-        for query in queries
-    ]
-    while True:
-        hits = 0
-        for query, worst in zip(queries, truth, strict=True):
-            found = searcher.propose(query, math.ceil(_OVERFETCH * k) + _OVERFETCH_ROWS)
-            hits += min(k, int((exact.score(vectors, query, found) >= worst).sum()))
-        recall = hits / (k * len(sample))
-        if recall >= floor or not searcher.search_harder():
-            return recall
+def _survivors(view: View, filter: Filter | None) -> np.ndarray:
+    """[N] bool: rows of the generation that are alive and match."""
+    if filter is None:
+        return view.alive
+    return view.alive & view.generation.columns.mask(filter)
 
 
 def _search_generation(view: View, vector: np.ndarray, k: int, filter: Filter | None) -> np.ndarray:
     generation = view.generation
-    keep = view.alive
-    if filter is not None:
-        keep = keep & generation.columns.mask(filter)
+    keep = _survivors(view, filter)
     survivors = int(keep.sum())
     if not survivors:
         return np.zeros(0, np.int64)
     vectors = generation.rows.vectors
     share = survivors / len(keep)
     if generation.searcher is not None and share >= EXACT_SHARE:
-        wanted = math.ceil(_OVERFETCH * k / share) + _OVERFETCH_ROWS
+        wanted = wanted_rows(k, share)
         if wanted < survivors:
             rows = generation.searcher.propose(vector, wanted)
             rows = rows[keep[rows]]

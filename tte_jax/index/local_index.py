@@ -14,8 +14,9 @@ from tte_jax.content import Document, Usage
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
 from tte_jax.index.live import RebuildReport
-from tte_jax.index.service_index import CorpusIndex, Fetched, IndexStats, SnapshotReport
-from tte_jax.stages import Hit, IndexEntry, StoredVersions
+from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
+from tte_jax.index.service_index import CorpusIndex
+from tte_jax.stages import Hit, IndexEntry, Promoted, StagedVector, StoredVersions
 
 T = TypeVar("T")
 
@@ -41,13 +42,15 @@ class LocalIndex:
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
         asked = time.perf_counter()
 
         def work() -> tuple[list[Hit], float, float]:
             begun = time.perf_counter()
-            return self.index.search(vector, k, filter), begun, time.perf_counter()
+            hits = self.index.search(vector, k, filter, embedder_version=embedder_version)
+            return hits, begun, time.perf_counter()
 
         hits, begun, ended = await self._run(self._readers, work, timeout_s)
         return hits, Usage(stage="index", queue_s=begun - asked, compute_s=ended - begun)
@@ -96,6 +99,50 @@ class LocalIndex:
     async def rebuild(self, *, timeout_s: float | None = None) -> RebuildReport:
         """See `CorpusIndex.rebuild`; goes on when the caller gives up."""
         return await self._run(self._admin, self.index.rebuild, timeout_s)
+
+    async def pending(
+        self,
+        embedder_version: str,
+        *,
+        limit: int,
+        after: str = "",
+        restart: bool = False,
+        max_media_bytes: int | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[list[Document], int, int]:
+        """See `CorpusIndex.pending`."""
+
+        def work() -> tuple[list[Document], int, int]:
+            documents, state = self.index.pending(
+                embedder_version,
+                limit=limit,
+                after=after,
+                restart=restart,
+                max_media_bytes=max_media_bytes,
+            )
+            return documents, state.pending, state.staged
+
+        return await self._run(self._writer, work, timeout_s)
+
+    async def stage(
+        self,
+        embedder_version: str,
+        vectors: Sequence[StagedVector],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """See `Staging.put`."""
+        return await self._run(
+            self._writer, lambda: self.index.staging.put(embedder_version, vectors), timeout_s
+        )
+
+    async def promote(self, embedder_version: str, *, timeout_s: float | None = None) -> Promoted:
+        """See `CorpusIndex.promote`; goes on when the caller gives up."""
+        return await self._run(self._admin, lambda: self.index.promote(embedder_version), timeout_s)
+
+    async def verify(self, *, media: bool = True, timeout_s: float | None = None) -> list[str]:
+        """See `CorpusIndex.verify`; goes on when the caller gives up."""
+        return await self._run(self._admin, lambda: self.index.verify(media=media), timeout_s)
 
     async def close(self) -> None:
         """Finish what runs, then close the index."""

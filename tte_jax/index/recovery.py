@@ -15,6 +15,8 @@ from tte_jax.index.generation import Rows
 
 log = logging.getLogger(__name__)
 
+SNAPSHOTS = "snapshots"
+
 
 def recover(store: CorpusStore, snapshot_root: Path) -> tuple[Rows, int]:
     """The rows that the database says are live, and the snapshot's sequence (0 = none used).
@@ -28,6 +30,7 @@ def recover(store: CorpusStore, snapshot_root: Path) -> tuple[Rows, int]:
         corpus_id=store.corpus_id,
         horizon=store.horizon,
         sequence=store.sequence,
+        known=store.snapshot_digests(),
     )
     if found is not None:
         sequence, base = found

@@ -6,14 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from tte_jax.content import Content, Document, Media, Text
-from tte_jax.corpus.media import open_media
+from tte_jax.corpus import garbage
+from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import (
     CorpusProfile,
     MediaRef,
@@ -22,69 +21,18 @@ from tte_jax.corpus.records import (
     validate,
     validate_id,
 )
-from tte_jax.corpus.store import CorpusStore
-from tte_jax.errors import DataLossError, InvalidInputError, TteError
+from tte_jax.corpus.staging import Staging, StagingState
+from tte_jax.corpus.store import MEDIA, CorpusStore
+from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
-from tte_jax.index import consistency, snapshots
+from tte_jax.index import consistency, reembedding, snapshots
 from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
-from tte_jax.index.recovery import recover
-from tte_jax.stages import Hit, IndexEntry, StoredVersions
+from tte_jax.index.maintenance import Job, Maintenance
+from tte_jax.index.recovery import SNAPSHOTS, recover
+from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
+from tte_jax.stages import Hit, IndexEntry, Promoted, StoredVersions
 
 log = logging.getLogger(__name__)
-
-_RETRY_REBUILD_S = 60.0
-
-
-@dataclass(frozen=True)
-class IndexStats:
-    """State of a corpus and its index.
-
-    Attributes:
-      documents: live documents.
-      sequence: number of the last write.
-      dimension: D of the vectors, 0 while empty.
-      embedder_version: what made the vectors, "" while empty.
-      searcher: "exact", "scann-ah" or "scann-tree-ah".
-      generation: counts rebuilds, from 1.
-      delta_rows: live rows written since the generation was built (searched exactly).
-      dead_rows: rows deleted or replaced that a rebuild will drop.
-      rebuilding: whether a rebuild runs.
-      canary_recall: recall@10 of the serving searcher on its canary sample.
-      snapshot_sequence: sequence of the newest snapshot, 0 = none.
-      database_bytes: bytes of the database, its log and the snapshots.
-      media_bytes: bytes of the documents' media.
-      last_error: why the last rebuild or snapshot in the background failed; "" = it did not.
-    """
-
-    documents: int
-    sequence: int
-    dimension: int
-    embedder_version: str
-    searcher: str
-    generation: int
-    delta_rows: int
-    dead_rows: int
-    rebuilding: bool
-    canary_recall: float
-    snapshot_sequence: int
-    database_bytes: int
-    media_bytes: int
-    last_error: str
-
-
-class Fetched(NamedTuple):
-    """A stored document and what it was made of, from one read."""
-
-    document: Document
-    versions: StoredVersions
-
-
-@dataclass(frozen=True)
-class SnapshotReport:
-    """A finished snapshot: the last write it contains, and its size."""
-
-    sequence: int
-    bytes: int
 
 
 class CorpusIndex:
@@ -104,25 +52,36 @@ class CorpusIndex:
     ) -> None:
         self.store = CorpusStore.open(path)
         try:
-            self._snapshots = path / "snapshots"
+            self._snapshots = path / SNAPSHOTS
             self._snapshot_every = snapshot_every
-            media_uri = media_uri or self.store.value("media_uri") or str(path / "media")
+            media_uri = media_uri or self.store.value("media_uri") or str(path / MEDIA)
             self.media = open_media(media_uri)
             # The default moves with the directory, so only another place is remembered.
-            if media_uri not in (str(path / "media"), self.store.value("media_uri")):
+            if media_uri not in (str(path / MEDIA), self.store.value("media_uri")):
                 self.store.set_value("media_uri", media_uri)
             rows, self._snapshot_sequence = recover(self.store, self._snapshots)
             self.live = LiveIndex(rows, sequence=self.store.sequence, config=config)
+            self.staging = Staging(self.store)
+            self._note_embedder()
         except BaseException:
             self.store.close()
             raise
         self._write_lock = threading.Lock()
         self._snapshot_lock = threading.Lock()
-        self._background: threading.Thread | None = None
-        self._retry_at = 0.0
-        self._last_error = ""
+        self._promote_lock = threading.Lock()
         self._closed = False
-        self._maintain()
+        # Only a process that died leaves garbage; listing an object store costs money.
+        self._garbage_due = isinstance(self.media, LocalMedia)
+        self.maintenance = Maintenance(
+            [
+                Job("rebuild", self._rebuild_due, self._rebuild_if_free),
+                Job("snapshot", self._snapshot_due, self.snapshot),
+                Job("recall", self._recall_due, lambda: self.live.measure_recall()),
+                Job("rebuild", self._rebuild_due, self._rebuild_if_free),
+                Job("media", lambda: self._garbage_due, self.collect_garbage),
+            ]
+        )
+        self.maintenance.poke()
 
     @classmethod
     def open(
@@ -182,8 +141,10 @@ class CorpusIndex:
                     for sequence, e in zip(sequences, entries, strict=True)
                 ]
             )
+            if self.live.view.live == len({e.document.id for e in entries}):
+                self._note_embedder()  # perhaps another one than before the corpus was empty
             self._drop_media(old)
-        self._maintain()
+        self.maintenance.poke()
         return sequences[-1]
 
     def delete(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -198,29 +159,49 @@ class CorpusIndex:
             removed, unknown = self.store.delete(ids)
             self.live.apply(removed)
             self._drop_media(media)
-        self._maintain()
+        self.maintenance.poke()
         return [r.id for r in removed], unknown
 
-    def search(self, vector: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
+    def search(
+        self,
+        vector: np.ndarray,
+        k: int,
+        filter: Filter | None = None,
+        *,
+        embedder_version: str = "",
+    ) -> list[Hit]:
         """At most k live documents by falling cosine, ties by id, with their reasoning.
 
         Args:
           vector: [D] floats; its length does not matter.
           k: at least 1.
           filter: condition on metadata.
+          embedder_version: what made the vector; "" = it is not checked.
 
         Raises:
           InvalidInputError: k < 1, or a vector that is not finite or is zero.
-          PreconditionError: another dimension than the corpus has.
+          PreconditionError: another dimension or embedder than the corpus has.
         """
         query = _unit(vector)
         if k < 1:
             raise InvalidInputError(f"k must be at least 1, got {k}", field="k")
-        found = self.live.search(query, k, filter)
+        live = self.live
+        if embedder_version and live.embedder_version not in ("", embedder_version):
+            raise PreconditionError(
+                f"the query was embedded by {embedder_version!r}; this corpus holds vectors of "
+                f"{live.embedder_version!r}, and the two cannot be compared. Embed the query with "
+                "the corpus's embedder, or re-embed the corpus (`tte corpus reembed`).",
+                reason="EMBEDDER_MISMATCH",
+                expected=live.embedder_version,
+                actual=embedder_version,
+            )
+        found = live.search(query, k, filter)
+        if live.queries.due:
+            self.maintenance.poke()
         reasonings = self.store.reasonings([f.id for f in found])
         if len(reasonings) < len(found):
             # Deleted between the two reads: look again, so that others can fill the places.
-            found = self.live.search(query, k, filter)
+            found = live.search(query, k, filter)
             reasonings = self.store.reasonings([f.id for f in found])
         return [
             Hit(f.id, f.cosine, reasonings[f.id], dict(f.metadata))
@@ -269,10 +250,13 @@ class CorpusIndex:
         return self.store.versions(ids)
 
     def stats(self) -> IndexStats:
-        view = self.live.view
+        live = self.live
+        view = live.view
         profile = self.store.profile or CorpusProfile(0, "")
+        staged = self.staging.state()
         generation = view.generation
         delta_live = int(view.delta_alive.sum())
+        measured = live.query_recall
         return IndexStats(
             documents=view.live,
             sequence=view.sequence,
@@ -284,11 +268,15 @@ class CorpusIndex:
             dead_rows=len(view.alive) + len(view.delta_alive) - view.live,
             rebuilding=self.live.rebuilding,
             canary_recall=generation.recall,
+            query_recall=measured.recall,
+            checked_queries=measured.queries,
             snapshot_sequence=self._snapshot_sequence,
             database_bytes=self.store.database_bytes()
             + sum(snapshots.size(path) for path in snapshots.listed(self._snapshots)),
             media_bytes=self.store.media_bytes(),
-            last_error=self._last_error,
+            staged_embedder_version=staged.embedder_version,
+            staged_documents=staged.staged,
+            last_error=self.maintenance.last_error,
         )
 
     def snapshot(self) -> SnapshotReport:
@@ -299,16 +287,21 @@ class CorpusIndex:
         """
         with self._snapshot_lock:
             view = self.live.view
+            known = self.store.snapshot_digests()
             path = snapshots.write(
                 self._snapshots,
                 view.gather(),
                 corpus_id=self.store.corpus_id,
                 sequence=view.sequence,
+                known=known,
             )
             self._snapshot_sequence = view.sequence
+            known[view.sequence] = snapshots.digest(path)
+            there = {int(p.name) for p in snapshots.listed(self._snapshots)}
+            kept = {number: digest for number, digest in known.items() if number in there}
+            self.store.record_snapshots(kept)
             # Replay from the oldest snapshot kept must stay possible.
-            oldest = int(snapshots.listed(self._snapshots)[-1].name)
-            self.store.forget_tombstones(oldest)
+            self.store.forget_tombstones(min(kept))
             return SnapshotReport(view.sequence, snapshots.size(path))
 
     def rebuild(self) -> RebuildReport:
@@ -317,6 +310,74 @@ class CorpusIndex:
         Raises: as `LiveIndex.rebuild`.
         """
         return self.live.rebuild()
+
+    def pending(
+        self,
+        embedder_version: str,
+        *,
+        limit: int,
+        after: str = "",
+        restart: bool = False,
+        max_media_bytes: int | None = None,
+    ) -> tuple[list[Document], StagingState]:
+        """Documents to embed next (at most `limit`, at least one unless nothing is pending behind
+        the id `after`), and how far it is. Begins the re-embedding, see `Staging.begin`.
+
+        Args:
+          max_media_bytes: fewer documents come when the media together are larger.
+        """
+        self.staging.begin(embedder_version, restart=restart)
+        ids = self.staging.pending(limit, after)
+        if max_media_bytes is not None:
+            rows = self.store.documents(ids)
+            ids = _fitting([rows[id] for id in ids if id in rows], max_media_bytes)
+        documents = [found for found in self.get(ids) if found is not None]
+        return documents, self.staging.state()
+
+    def promote(self, embedder_version: str) -> Promoted:
+        """Serve the staged vectors instead of the present ones (blue/green).
+
+        Their index is built while the old one serves; then, in one step, the database and the
+        index change over. Writes wait for that step, searches do not.
+
+        Raises:
+          PreconditionError: documents are without a staged vector (`REEMBEDDING_INCOMPLETE`), the
+            staged ones are of another embedder, or another promotion runs.
+        """
+        started = time.monotonic()
+        if not self._promote_lock.acquire(blocking=False):
+            raise PreconditionError(
+                "the corpus is changing over to staged vectors already", reason="PROMOTE_RUNNING"
+            )
+        try:
+            self.staging.check_complete(embedder_version)
+            number = self.live.view.generation.number + 1
+            green = reembedding.build(self.store, number=number, config=self.live.config)
+            with self._write_lock:
+                promoted = self.staging.promote(embedder_version)
+                try:
+                    live = reembedding.exchange(self.store, green, promoted, self.live.config)
+                except Exception:
+                    # The database has changed over: serve what it says, however it is made.
+                    log.exception("the prepared index cannot be used; reading all vectors")
+                    rows, _ = recover(self.store, self._snapshots)
+                    live = LiveIndex(rows, sequence=self.store.sequence, config=self.live.config)
+                live.embedder_version = embedder_version
+                self.live = live
+        finally:
+            self._promote_lock.release()
+        self.maintenance.poke()
+        return Promoted(live.view.sequence, live.view.live, time.monotonic() - started)
+
+    def collect_garbage(self) -> int:
+        """Remove media files that no document names, beside serving; returns how many."""
+        self._garbage_due = False
+        return garbage.collect(
+            self.store,
+            self.media,
+            lambda: self._write_lock,
+            go_on=lambda: not self.maintenance.stopped,
+        )
 
     def verify(self, *, media: bool = True) -> list[str]:
         """Compare index, database and media; returns what is wrong, empty = all agree.
@@ -333,11 +394,11 @@ class CorpusIndex:
             if self._closed:
                 return
             self._closed = True
-        if self._background is not None:
-            # A searcher under construction cannot be interrupted and is not worth waiting for.
-            self._background.join(timeout=10.0)
+        # A searcher under construction is not worth waiting for.
+        self.maintenance.stop(timeout_s=10.0)
         try:
-            self._snapshot_if_due()
+            if self._snapshot_due():
+                self.snapshot()
         finally:
             self.store.close()
 
@@ -364,38 +425,37 @@ class CorpusIndex:
         except (OSError, TteError) as exc:
             log.warning("unneeded media files stay behind: %s", exc)
 
-    def _maintain(self) -> None:
-        """Start a rebuild or a snapshot in the background when one is due."""
-        with self._write_lock:
-            running = self._background is not None and self._background.is_alive()
-            if self._closed or running or self.live.rebuilding or time.monotonic() < self._retry_at:
-                return
-            if not self.live.needs_rebuild() and not self._snapshot_due():
-                return
-            self._background = threading.Thread(
-                target=self._maintain_now, name="index-maintenance", daemon=True
-            )
-            self._background.start()
+    def _note_embedder(self) -> None:
+        profile = self.store.profile
+        self.live.embedder_version = "" if profile is None else profile.embedder_version
 
-    def _maintain_now(self) -> None:
+    def _rebuild_due(self) -> bool:
+        return self.live.needs_rebuild() and not self.live.rebuilding
+
+    def _rebuild_if_free(self) -> None:
         try:
-            while self.live.needs_rebuild() and not self._closed:
-                self.live.rebuild()
-            if not self._closed:
-                self._snapshot_if_due()
-            self._last_error = ""
-        except Exception as exc:
-            # The old generation serves on; what failed is in the stats and tried again later.
-            log.exception("index maintenance failed")
-            self._last_error = exc.message if isinstance(exc, TteError) else type(exc).__name__
-            self._retry_at = time.monotonic() + _RETRY_REBUILD_S
+            self.live.rebuild()
+        except PreconditionError as exc:
+            if exc.reason != "REBUILD_RUNNING":
+                raise
+
+    def _recall_due(self) -> bool:
+        return self.live.needs_recall_check()
 
     def _snapshot_due(self) -> bool:
         return self.live.view.sequence - self._snapshot_sequence >= self._snapshot_every
 
-    def _snapshot_if_due(self) -> None:
-        if self._snapshot_due():
-            self.snapshot()
+
+def _fitting(rows: Sequence[StoredDocument], limit: int) -> list[str]:
+    """Ids of the first rows, at least one, whose texts and media have at most `limit` bytes."""
+    ids: list[str] = []
+    for row in rows:
+        limit -= sum(p.size if isinstance(p, MediaRef) else 4 * len(p.text) for p in row.parts)
+        limit -= 4 * len(row.reasoning.text) * 3
+        if ids and limit < 0:
+            break
+        ids.append(row.id)
+    return ids
 
 
 def _limit_media(rows: Sequence[StoredDocument], limit: int) -> None:

@@ -1,9 +1,10 @@
 """Snapshots of the index's rows: a fast start, never the truth.
 
 `snapshots/<sequence>/` holds `vectors.npy`, `sequences.npy`, `ids.json` and `manifest.json` with
-the sha256 of each. It is written beside, synced and renamed, so it exists whole or not at all; one
-that was torn or damaged anyway is skipped with a warning. No pickle is written or read. Metadata
-and everything after the sequence come from the database.
+the sha256 of each; the database holds the sha256 of the manifest (the snapshot's digest). It is
+written beside, synced and renamed, so it exists whole or not at all; one that was torn, damaged or
+put there by somebody else is skipped with a warning. No pickle is written or read. Metadata and
+everything after the sequence come from the database.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,13 @@ _MANIFEST = "manifest.json"
 _KEPT = 2
 
 
-def write(root: Path, rows: Rows, *, corpus_id: str, sequence: int) -> Path:
+def write(
+    root: Path, rows: Rows, *, corpus_id: str, sequence: int, known: Mapping[int, str]
+) -> Path:
     """Write the snapshot of `sequence` and drop all but the newest two.
+
+    Args:
+      known: sequence → digest of earlier snapshots; one that is known and whole is kept as it is.
 
     Raises:
       StorageFullError: no disk space; older snapshots are left as they were.
@@ -44,7 +51,7 @@ def write(root: Path, rows: Rows, *, corpus_id: str, sequence: int) -> Path:
     with translated(target):
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        if _problem(target, corpus_id) is None:
+        if _problem(target, corpus_id, known) is None:
             return target
         try:
             temporary.mkdir()
@@ -91,8 +98,13 @@ def size(path: Path) -> int:
         return 0
 
 
+def digest(path: Path) -> str:
+    """sha256 of a snapshot's manifest, which has the sha256 of everything else."""
+    return hashlib.sha256((path / _MANIFEST).read_bytes()).hexdigest()
+
+
 def load_newest(
-    root: Path, *, corpus_id: str, horizon: int, sequence: int
+    root: Path, *, corpus_id: str, horizon: int, sequence: int, known: Mapping[int, str]
 ) -> tuple[int, Rows] | None:
     """The newest valid snapshot as (sequence, rows without metadata), or `None`.
 
@@ -101,10 +113,11 @@ def load_newest(
       corpus_id: snapshots of another corpus are skipped.
       horizon: older ones cannot be brought up to date and are skipped.
       sequence: the corpus's last write; a later snapshot does not belong to this database.
+      known: sequence → digest, as the database has them; any other snapshot is skipped.
     """
     for path in listed(root):
         try:
-            manifest = _manifest(path, corpus_id)
+            manifest = _manifest(path, corpus_id, known)
             if not horizon <= manifest["sequence"] <= sequence:
                 raise DataLossError(
                     f"it has sequence {manifest['sequence']}, the database can complete "
@@ -132,20 +145,23 @@ def _load(path: Path, manifest: dict[str, Any]) -> Rows:
     )
 
 
-def _manifest(path: Path, corpus_id: str) -> dict[str, Any]:
-    manifest = json.loads((path / _MANIFEST).read_bytes())
+def _manifest(path: Path, corpus_id: str, known: Mapping[int, str]) -> dict[str, Any]:
+    raw = (path / _MANIFEST).read_bytes()
+    manifest = json.loads(raw)
     if manifest["format"] != FORMAT:
         raise DataLossError(f"it has format {manifest['format']}, expected {FORMAT}")
     if manifest["corpus_id"] != corpus_id:
         raise DataLossError(f"it belongs to corpus {manifest['corpus_id']}, not {corpus_id}")
     if manifest["sequence"] != int(path.name):
         raise DataLossError(f"its manifest says sequence {manifest['sequence']}")
+    if known.get(manifest["sequence"]) != hashlib.sha256(raw).hexdigest():
+        raise DataLossError("its manifest is not the one that this corpus wrote")
     return manifest
 
 
-def _problem(path: Path, corpus_id: str) -> str | None:
+def _problem(path: Path, corpus_id: str, known: Mapping[int, str]) -> str | None:
     try:
-        _load(path, _manifest(path, corpus_id))
+        _load(path, _manifest(path, corpus_id, known))
     except (OSError, ValueError, KeyError, TypeError, DataLossError) as exc:
         return str(exc)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import threading
@@ -20,6 +21,10 @@ DPI = 144
 
 _POINTS_PER_INCH = 72
 _PASSWORD = 4  # FPDF_ERR_PASSWORD
+
+# What PDFium writes into a new file; replaced by as many bytes, so that offsets stay right.
+_DATE = re.compile(rb"(/CreationDate\(D:)([0-9]+)")
+_IDS = re.compile(rb"/ID\[<[0-9A-Fa-f]{32}><[0-9A-Fa-f]{32}>\]")
 
 # PDFium has global state and is not safe to call from two threads, even for two documents.
 _PDFIUM = threading.Lock()
@@ -47,14 +52,7 @@ def render_page(
         (`TOO_MANY_PAGES`), no such page (`PAGE_OUT_OF_RANGE`).
     """
     with _PDFIUM, _opened(data, field) as document:
-        count = len(document)
-        if not 0 <= page < count:
-            raise InvalidInputError(
-                f"the PDF has {count} pages, numbered from 0; there is no page {page}",
-                field=field,
-                reason="PAGE_OUT_OF_RANGE",
-                pages=count,
-            )
+        _check_number(document, page, field)
         return _render(document, page, dpi, max_pixels, field)
 
 
@@ -68,6 +66,37 @@ def page_count(data: bytes, *, field: str = "") -> int:
         return len(document)
 
 
+def single_page(data: bytes, page: int, *, field: str = "") -> bytes:
+    """One page as a PDF of its own; the same bytes for the same page, every time.
+
+    Args:
+      page: zero-based.
+
+    Raises:
+      InvalidInputError: as `render_page`.
+    """
+    with _PDFIUM, _opened(data, field) as document:
+        _check_number(document, page, field)
+        if len(document) == 1:
+            return data
+        alone = pypdfium2.PdfDocument.new()
+        try:
+            alone.import_pages(document, [page])
+            out = io.BytesIO()
+            alone.save(out)
+        except pypdfium2.PdfiumError as error:
+            raise InvalidInputError(
+                f"page {page} of the PDF cannot be taken out; send a repaired file",
+                field=field,
+                reason="UNREADABLE_PAGE",
+            ) from error
+        finally:
+            alone.close()
+    # PDFium stamps the time and a random number; the content's hash must not depend on them.
+    unstamped = _DATE.sub(lambda found: found[1] + b"0" * len(found[2]), out.getvalue())
+    return _IDS.sub(b"/ID[<" + b"0" * 32 + b"><" + b"0" * 32 + b">]", unstamped)
+
+
 def render_pages(
     data: bytes, *, dpi: float = DPI, max_pixels: int = MAX_PAGE_PIXELS, field: str = ""
 ) -> Iterator[Image.Image]:
@@ -79,6 +108,17 @@ def render_pages(
     """
     for page in range(page_count(data, field=field)):
         yield render_page(data, page, dpi=dpi, max_pixels=max_pixels, field=field)
+
+
+def _check_number(document: Any, page: int, field: str) -> None:
+    count = len(document)
+    if not 0 <= page < count:
+        raise InvalidInputError(
+            f"the PDF has {count} pages, numbered from 0; there is no page {page}",
+            field=field,
+            reason="PAGE_OUT_OF_RANGE",
+            pages=count,
+        )
 
 
 def _render(document: Any, number: int, dpi: float, max_pixels: int, field: str) -> Image.Image:
