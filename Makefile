@@ -15,12 +15,13 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test lint format types protos breaking bench parity clean
+.PHONY: help install serve demo test crash lint format types protos breaking bench parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
 	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
 	@echo "make test      the whole test suite"
+	@echo "make crash     200 times kill -9 in the middle of writes, and nothing may be lost"
 	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
@@ -57,6 +58,10 @@ demo: $(VENV)/.installed
 # (tests/conftest.py). Compiled programs are kept between runs: most of a first run is XLA.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+# Kills a writing process 200 times; minutes.
+crash: $(VENV)/.installed-dev
+	TTE_CRASH_ROUNDS=200 $(BIN)/python -m pytest -q tests/index/test_crash.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """A process that writes at random and says what was acknowledged, until it is killed.
 
-Usage: crash_writer.py CORPUS SEED. Prints one JSON line before each write ("try") and one after
-its acknowledgement ("ack"). Snapshots and rebuilds run all the time beside it.
+Usage: crash_writer.py CORPUS SEED. Two threads write, each its own documents: each prints a JSON
+line before a write ("try") and one after its acknowledgement ("ack"). A third searches and prints a
+line when it sees a document that is deleted ("problem"). Snapshots and rebuilds run beside.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import threading
@@ -27,9 +29,16 @@ def image_of(version: int) -> bytes:
     return b"image %d " % (version % 7) * 50
 
 
+WRITERS = "ab"
+
+
 def main() -> None:
-    index = CorpusIndex.open(sys.argv[1], config=IndexConfig(delta_rows=8), snapshot_every=11)
-    choose = random.Random(int(sys.argv[2]))
+    index = CorpusIndex.open(
+        sys.argv[1], config=IndexConfig(delta_rows=8, check_every=50), snapshot_every=11
+    )
+    seed = int(sys.argv[2])
+    # Deleted for certain: from the acknowledgement until somebody tries to write it again.
+    gone: set[str] = set()
 
     def disturb() -> None:
         while True:
@@ -39,33 +48,58 @@ def main() -> None:
             except PreconditionError as exc:
                 assert exc.reason == "REBUILD_RUNNING"
 
-    threading.Thread(target=disturb, daemon=True).start()
-    while True:
-        ids = [f"d{choose.randrange(30)}" for _ in range(choose.randint(1, 6))]
-        if choose.random() < 0.65:
-            version = choose.randrange(10**9)
-            say("try", {"upsert": ids, "version": version})
-            index.upsert(
-                [
-                    make_entry(
-                        id,
-                        vector_of(version),
-                        image=image_of(version),
-                        metadata={"version": version},
-                    )
-                    for id in ids
-                ]
-            )
-        else:
-            say("try", {"delete": ids})
-            index.delete(ids)
-        say("ack", {})
+    def search() -> None:
+        choose = random.Random(seed + 1)
+        while True:
+            before = set(gone)
+            hits = index.search(vector_of(choose.randrange(100)), 20)
+            if risen := {hit.id for hit in hits} & before & set(gone):
+                say("problem", "s", {"deleted but found": sorted(risen)})
+
+    def write(name: str) -> None:
+        choose = random.Random(f"{seed}{name}")
+        while True:
+            ids = [f"{name}{choose.randrange(20)}" for _ in range(choose.randint(1, 6))]
+            if choose.random() < 0.65:
+                version = choose.randrange(10**9)
+                say("try", name, {"upsert": ids, "version": version})
+                gone.difference_update(ids)
+                index.upsert(
+                    [
+                        make_entry(
+                            id,
+                            vector_of(version),
+                            image=image_of(version),
+                            metadata={"version": version},
+                        )
+                        for id in ids
+                    ]
+                )
+            else:
+                say("try", name, {"delete": ids})
+                index.delete(ids)
+                gone.update(ids)
+            say("ack", name, {})
+
+    def guarded(work, *arguments) -> None:
+        try:
+            work(*arguments)
+        except BaseException as exc:
+            say("problem", "", {"error": repr(exc)})
+
+    threads = [
+        threading.Thread(target=guarded, args=task, daemon=True)
+        for task in ((disturb,), (search,), *((write, name) for name in WRITERS))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def say(what: str, operation: dict) -> None:
+def say(what: str, who: str, operation: dict) -> None:
     # One write of one line: what the parent reads is whole even if the kill comes next.
-    sys.stdout.write(json.dumps({"say": what, **operation}) + "\n")
-    sys.stdout.flush()
+    os.write(1, (json.dumps({"say": what, "who": who, **operation}) + "\n").encode())
 
 
 if __name__ == "__main__":

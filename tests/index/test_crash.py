@@ -1,4 +1,7 @@
-"""`kill -9` at random moments: what was acknowledged is there, what was deleted is not."""
+"""`kill -9` at random moments: what was acknowledged is there, what was deleted is not.
+
+TTE_CRASH_ROUNDS says how often (`make crash`: 200 times).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from tests.index.crash_writer import image_of, vector_of
+from tests.index.crash_writer import WRITERS, image_of, vector_of
+from tte_jax.content import Media
 from tte_jax.corpus.records import Stored
 from tte_jax.index import CorpusIndex
 
+ROUNDS = int(os.environ.get("TTE_CRASH_ROUNDS", "10"))
 WRITER = Path(__file__).with_name("crash_writer.py")
 ROOT = WRITER.parents[2]
 
@@ -29,11 +35,12 @@ def _apply(model: dict[str, int], operation: dict) -> dict[str, int]:
     return after
 
 
+@pytest.mark.timeout(60 + 30 * ROUNDS)
 def test_acknowledged_writes_survive_kill_9(tmp_path):
     choose = random.Random(0)
     model: dict[str, int] = {}
     acknowledged = 0
-    for round in range(10):
+    for round in range(ROUNDS):
         writer = subprocess.Popen(
             [sys.executable, str(WRITER), str(tmp_path), str(round)],
             stdout=subprocess.PIPE,
@@ -43,21 +50,22 @@ def test_acknowledged_writes_survive_kill_9(tmp_path):
         )
         assert writer.stdout is not None and writer.stderr is not None
         # Any line may be the last: before an acknowledgement as well as after one.
-        lines = [writer.stdout.readline() for _ in range(choose.randint(1, 40))]
+        lines = [writer.stdout.readline() for _ in range(choose.randint(1, 80))]
         writer.send_signal(signal.SIGKILL)
         rest, errors = writer.stdout.read(), writer.stderr.read()
         writer.wait(30)
         assert all(lines), errors
-        pending: dict = {}
+        pending: dict[str, dict] = {name: {} for name in WRITERS}
         for line in [*lines, *rest.splitlines(keepends=True)]:
             if not line.endswith("\n"):
                 break
             said = json.loads(line)
+            assert said["say"] != "problem", said
             if said["say"] == "try":
-                pending = said
+                pending[said["who"]] = said
             else:
-                model = _apply(model, pending)
-                pending = {}
+                model = _apply(model, pending[said["who"]])
+                pending[said["who"]] = {}
                 acknowledged += 1
 
         # The lock died with its holder, so the corpus opens at once.
@@ -65,8 +73,10 @@ def test_acknowledged_writes_survive_kill_9(tmp_path):
         assert index.verify() == []
         hits = index.search(vector_of(1), 1000)
         stored = {hit.id: int(hit.metadata["version"]) for hit in hits}
-        # A write that was under way is there as a whole or not at all.
-        assert stored in (model, _apply(model, pending))
+        for name in WRITERS:
+            # A write that was under way is there as a whole or not at all.
+            now, before = _of(name, stored), _of(name, model)
+            assert now in (before, _of(name, _apply(model, pending[name]))), (round, name)
         model = stored
         for document in index.get(sorted(model)):
             assert document is not None
@@ -74,6 +84,13 @@ def test_acknowledged_writes_survive_kill_9(tmp_path):
         for change in index.store.changes_since(0):
             if isinstance(change, Stored):
                 np.testing.assert_array_equal(change.vector, vector_of(model[change.id]))
+        index.maintenance.join(30)
+        named = {Media(image_of(version)).sha256 for version in model.values()}
+        assert set(index.media.keys()) == named, "files that no document names"
         index.close()
-    assert acknowledged > 30
+    assert acknowledged > 3 * ROUNDS
     assert model
+
+
+def _of(name: str, model: dict[str, int]) -> dict[str, int]:
+    return {id: version for id, version in model.items() if id.startswith(name)}
