@@ -13,6 +13,7 @@ from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker
 from tests.cli.conftest import Tte, document
 from tests.evaluation import layouts
 from tte_jax.cli import evaluation_run
+from tte_jax.cli.output import Output
 from tte_jax.evaluation.runner import Stages
 
 
@@ -30,7 +31,7 @@ def embedder(monkeypatch: pytest.MonkeyPatch) -> FakeEmbedder:
     made = _Embedder()
 
     @contextlib.asynccontextmanager
-    async def opened(plan: evaluation_run.Plan) -> AsyncIterator[Stages]:
+    async def opened(plan: evaluation_run.Plan, out: Output) -> AsyncIterator[Stages]:
         yield Stages(_Reasoner(), made, FakeReranker(), {"embedder": {"version": "fake"}})
 
     monkeypatch.setattr(evaluation_run, "open_stages", opened)
@@ -174,3 +175,17 @@ def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:
     assert tte(*flags, tmp_path / "bad", tmp_path / "good").exit_code == 0
     dropped = tte(*flags, tmp_path / "good", tmp_path / "bad")
     assert dropped.exit_code == 1 and "does not pass" in dropped.stderr
+
+
+def test_running_services_are_the_stages(running: Tte, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # Without an ECR these services' embedder knows nothing of pictures.
+    arms = ("--ecr", "full", "--rerank", "off,ecrr+qar", "--depths", "3", "--both-sides")
+    flags = ("--data", data, "--out", out, "--tasks", "MSCOCO_t2i", "--services")
+    ran = running("eval", "mmeb-v2", *flags, *arms, "--json")
+    assert ran.exit_code == 0, ran.output
+    about = json.loads((out / "full64-ecrr3-qar3x64/image/MSCOCO_t2i_info.json").read_text())
+    # The services' models name colours, which is what this task asks.
+    assert about["score"] == 1.0 and about["queries_failed"] == 0 and not about["degraded"]
+    assert about["settings"]["models"]["embedder"]["service"].startswith("127.0.0.1:")
+    assert {"reason", "embed", "rewrite", "rerank"} <= about["stages_per_query"].keys()

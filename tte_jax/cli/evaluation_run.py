@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from tte_jax.cli import launch
+from tte_jax.cli import launch, state
 from tte_jax.cli.connection import addresses
 from tte_jax.cli.output import Output
 from tte_jax.cli.progress import bar
@@ -71,7 +73,7 @@ class Plan:
 async def run(plan: Plan, out: Output) -> dict[str, str]:
     """Runs what is not done yet; returns the tasks that could not be run, with the reason."""
     failed: dict[str, str] = {}
-    async with open_stages(plan) as stages:
+    async with open_stages(plan, out) as stages:
         settings = plan.settings(dict(stages.about))
         for info in plan.infos:
             arms = [arm for arm in plan.arms if not _done(plan, info, arm, settings)]
@@ -164,8 +166,8 @@ def _bars(name: str, out: Output) -> Iterator[Progress]:
 
 
 @contextlib.asynccontextmanager
-async def open_stages(plan: Plan) -> AsyncIterator[Stages]:
-    """The models, in this process or as running services; closed at the end."""
+async def open_stages(plan: Plan, out: Output) -> AsyncIterator[Stages]:
+    """The models, warm, in this process or as running services; closed at the end."""
     recorded = Recorded(plan.ecrs) if plan.ecrs else None
     cache = plan.out / "reasonings.jsonl"
     if plan.services:
@@ -187,10 +189,13 @@ async def open_stages(plan: Plan) -> AsyncIterator[Stages]:
                 await stage.close()
         return
     from tte_jax.embedder import Embedder
+    from tte_jax.engine.executables import enable_compile_cache
     from tte_jax.local import LocalEmbedder, LocalReasoner, LocalReranker
     from tte_jax.reasoner import Reasoner
     from tte_jax.reranker import Reranker
 
+    given = os.environ.get("TTE_DATA_DIR")
+    enable_compile_cache(state.data_dir(Path(given) if given else None) / "compile-cache")
     flags = [flag.removeprefix("--").partition("=") for flag in launch.model_flags(plan.models)]
     paths = {flag.removesuffix("-model"): Path(path) for flag, _, path in flags}
     with (
@@ -202,6 +207,12 @@ async def open_stages(plan: Plan) -> AsyncIterator[Stages]:
             role.name: {"version": role.version, "parameters": parameters(paths[role.name])}
             for role in (one, two, three)
         }
+        # Before anything is measured; what no arm uses is not compiled.
+        reasons = recorded is None and any(arm.tokens or arm.rewrites for arm in plan.arms)
+        used = [(two, True), (one, reasons), (three, any(arm.depth for arm in plan.arms))]
+        for role in (role for role, wanted in used if wanted):
+            out.note(f"Warming up the {role.name}")
+            await asyncio.to_thread(role.warmup)
         local = LocalReasoner(one)
         reasoner = recorded or Cached(local, cache, models=one.version)
         yield Stages(reasoner, LocalEmbedder(two), LocalReranker(three), about, recorded)
