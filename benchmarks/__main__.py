@@ -14,6 +14,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "search": "latency by stage, warm, with one client and with four",
     "load": "peak of the host's memory while weights are loaded, against the weights",
+    "quantisation": "int8 weights: embeddings, speed and memory against float32",
     "startup": "seconds from `tte serve` to the first answer, first start and second start",
 }
 # Needs the training data set, which only a trainer's machine has; so it is not run from here.

@@ -92,11 +92,29 @@ def loading(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
+def quantisation(result: Mapping[str, Any]) -> str:
+    """int8 weights against float32, by model."""
+    rows = []
+    for name, figures in result["models"].items():
+        cosines = [f"{c['mean']:.5f} / {c['least']:.5f}" for c in figures["cosine"].values()]
+        times = [_turns(ms) for ms in figures["forward_ms"].values()]
+        size = figures["bytes"]
+        memory = f"{size['float32'] / 1e6:.0f} → {size['int8'] / 1e6:.0f}"
+        rows.append([name, "; ".join(cosines), memory, *times])
+    shapes = next(iter(result["models"].values()))["forward_ms"]
+    head = ["model", "cosine of embeddings, mean / least", "weights, MB",
+            *(f"{shape}, ms" for shape in shapes)]  # fmt: skip
+    return table(head, rows) + _footnote(result)
+
+
 MEASURED = {
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
     "loading": Measured("load.json", "python -m benchmarks.load", loading),
     "startup": Measured("startup.json", "python -m benchmarks.startup", startup),
+    "quantisation": Measured(
+        "quantisation.json", "python -m benchmarks.quantisation", quantisation
+    ),
     "quality-summary": Measured(
         "builtin_quality.json", "python -m training.evaluate", quality_tables.summary
     ),
@@ -168,6 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pair(spread: Mapping[str, float]) -> str:
     return f"{spread['p50_ms']:.0f} / {spread['p95_ms']:.0f}"
+
+
+def _turns(ms: Mapping[str, float]) -> str:
+    return f"{ms['float32']:.1f} → {ms['int8']:.1f}"
 
 
 def _footnote(result: Mapping[str, Any]) -> str:

@@ -90,6 +90,21 @@ def test_loading_has_a_row_for_each_dtype(tmp_path: Path) -> None:
     assert "| bfloat16 → float32 | 2.00 | 2.20 | 1.10 | 3.0 |" in text
 
 
+def test_quantisation_shows_both_precisions(tmp_path: Path) -> None:
+    model = {
+        "cosine": {
+            "labels": {"mean": 0.99991, "least": 0.9995},
+            "pictures": {"mean": 1, "least": 1},
+        },
+        "bytes": {"float32": 48 * 10**6, "int8": 16 * 10**6},
+        "forward_ms": {"batch": {"float32": 100.04, "int8": 125.0}},
+    }
+    (tmp_path / "quantisation.json").write_text(json.dumps(ABOUT | {"models": {"m": model}}))
+    text = tables.render("quantisation", tmp_path)
+    cosines = "0.99991 / 0.99950; 1.00000 / 1.00000"
+    assert f"| m | {cosines} | 48 → 16 | 100.0 → 125.0 |" in text and "batch, ms" in text
+
+
 def test_quality_shows_what_reasoning_is_worth_and_missing_arms_as_missing(tmp_path: Path) -> None:
     (tmp_path / "builtin_quality.json").write_text(json.dumps(QUALITY))
     text = tables.render("quality-summary", tmp_path)
