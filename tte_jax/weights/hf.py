@@ -31,6 +31,9 @@ from tte_jax.weights.table import Entry, entries, normalise, on_disk
 # Buffers that old checkpoints carry and that are computed, not learned.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
@@ -39,6 +42,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     sharding_of: ShardingOf | None = None,
+    change: Callable[[Entry, jax.Array], jax.Array] | None = None,
 ) -> MultimodalLM:
     """Read a model directory.
 
@@ -46,6 +50,7 @@ def load(
       directory: holds `config.json` and `*.safetensors`, with or without an index file.
       dtype: dtype of the parameters in memory, whatever the files hold.
       sharding_of: sharding for a parameter path and shape; None = the default device.
+      change: what becomes of each parameter once it is read, such as merging an adapter.
 
     Raises:
       NotFoundError: directory, config or weights missing.
@@ -67,6 +72,8 @@ def load(
         for entry in table:
             node, leaf = _descend(pure, entry.path)
             node[leaf] = _read(entry, node[leaf], files, handles, dtype, sharding_of)
+            if change is not None:
+                node[leaf] = change(entry, node[leaf])
     except SafetensorError as e:
         raise DataLossError(
             f"A weight file in {str(directory)!r} is damaged ({e}). Download the model again.",
@@ -84,45 +91,79 @@ def export(
     directory: str | Path,
     *,
     dtype: Any = None,
-    file_name: str = "model.safetensors",
-) -> Path:
-    """Write the weights as one safetensors file that transformers loads; atomic.
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write the weights as safetensors that transformers loads; each file atomically.
 
-    Configuration and tokenizer files are the caller's: copy those of the source model.
+    Weight files of an earlier export there are removed. Configuration and tokenizer files are the
+    caller's: copy those of the source model.
 
     Args:
-      dtype: dtype in the file; None keeps each parameter's own.
+      dtype: dtype in the files; None keeps each parameter's own.
+      shard_bytes: largest size of one file's tensors; more of them make several files and an
+        index. A tensor larger than that has a file of its own.
+
+    Returns: the weight files.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     pure = nnx.to_pure_dict(nnx.state(model))
-    tensors: dict[str, np.ndarray] = {}
+    shards: list[list[tuple[str, Entry, np.ndarray]]] = [[]]
+    room, total = shard_bytes, 0
     family = model.config.model_type
     for entry in entries(model.config):
         node, leaf = _descend(pure, entry.path)
         value = np.asarray(node[leaf])
-        if dtype is not None:
-            value = value.astype(dtype)
-        if entry.stacked:
-            for layer, one in enumerate(value):
-                tensors[on_disk(entry.name.format(l=layer), family)] = entry.to_hf(one)
-        else:
-            tensors[on_disk(entry.name, family)] = entry.to_hf(value)
-    fd, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+        width = np.dtype(dtype or value.dtype).itemsize
+        for layer, one in enumerate(value if entry.stacked else [value]):
+            size = one.size * width
+            if size > room and shards[-1]:
+                shards.append([])
+                room = shard_bytes
+            shards[-1].append((on_disk(entry.name.format(l=layer), family), entry, one))
+            room, total = room - size, total + size
+    stale = {*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX}
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Turned and converted here, so that one shard at a time is copied.
+        tensors = {key: entry.to_hf(one.astype(dtype or one.dtype)) for key, entry, one in shard}
+        written.append(_replace(directory / name, lambda path, t=tensors: _save(t, path)))
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        stale.discard(_replace(directory / INDEX, lambda path: path.write_text(text)))
+    for path in stale.difference(written):
+        path.unlink(missing_ok=True)
+    return written
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
+    """The file is the old one or the whole new one, whatever happens meanwhile."""
+    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(fd)
+    temporary = Path(name)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, directory / file_name)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return directory / file_name
+    return path
 
 
 def _tensor_files(directory: Path) -> dict[str, tuple[Path, str]]:
     """Table name → (file, name in that file)."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         absent = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
