@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tte_jax.cli import demo, documents, ingest, models, options, search, serve, status
+from tte_jax.cli import convert, demo, documents, ingest, models, options, search, serve, status
 from tte_jax.cli.output import Output
 
 
@@ -78,6 +78,7 @@ app.command("reason")(models.reason)
 app.command("embed")(models.embed)
 app.command("rerank")(models.rerank)
 app.command("demo")(demo.demo)
+app.command("convert")(convert.convert)
 
 
 def main() -> None:
