@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 import tte_jax
 from benchmarks import environment
@@ -86,6 +87,7 @@ def checkpoints(root: Path) -> Callable[..., Any]:
 
 
 def main() -> int:
+    logging.disable_progress_bar()  # of saving and loading; they would stand between the cells
     rows: dict[str, dict[str, float | None]] = {}
     print(f"{'':12}" + "".join(f"{case:>18}" for case in CASES), flush=True)
     with tempfile.TemporaryDirectory() as root:

@@ -24,7 +24,7 @@ from tte_jax.models.text import KVCache
 from tte_jax.preprocess.patches import Grid
 from tte_jax.preprocess.positions import media_order, mrope_positions, text_positions
 from tte_jax.preprocess.vision_plan import plan_vision
-from tte_jax.weights import hf
+from tte_jax.weights import source
 
 MropeMode = Literal["current", "legacy"]
 
@@ -50,28 +50,33 @@ def load_model(
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
     quantise: Literal["int8"] | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Load a Hugging Face model directory of a supported family.
 
     Args:
-      path: directory with `config.json` and `*.safetensors`.
+      path: directory with `config.json` and `*.safetensors`; or a PEFT adapter's directory, whose
+        base is then loaded and changed.
       dtype: dtype of the parameters in memory ("float32", "bfloat16", …).
       mrope_mode: "legacy" gives vision tokens that do not follow `<|vision_start|>` plain text
         positions, as transformers 4.52 did: models trained with it on such prompts need it.
       mesh: of `tte_jax.sharding.make_mesh`; None = the default device.
       rules: how dimensions map to the mesh; None = the defaults.
       quantise: "int8" holds the matrices of linear layers as int8, a quarter of float32.
+      adapter: a PEFT adapter (LoRA or DoRA) to merge into the model at `path`.
 
     Raises:
       InvalidInputError: an unknown `mrope_mode` or `quantise`.
-      NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.hf.load`.
+      NotFoundError, PreconditionError, DataLossError: see `tte_jax.weights.source.load`.
     """
     if mrope_mode not in ("current", "legacy"):
         raise InvalidInputError(
             f"mrope_mode must be 'current' or 'legacy', got {mrope_mode!r}.", field="mrope_mode"
         )
     placed = None if mesh is None else sharding.sharding_of(mesh, rules)
-    module = hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed, quantise=quantise)
+    module = source.load(
+        path, adapter=adapter, dtype=jnp.dtype(dtype), sharding_of=placed, quantise=quantise
+    )
     return Model(module, mrope_mode=mrope_mode, mesh=mesh, rules=rules)
 
 

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tte_jax.cli import (
+    convert,
     demo,
     documents,
     evaluation,
@@ -93,6 +94,7 @@ app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.add_typer(evaluation.app)
 app.add_typer(upkeep.app)
+app.command("convert")(convert.convert)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ while they are read. One parameter at a time is in host memory, the largest firs
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from tte_jax.weights.table import Entry, entries, on_disk
 # Buffers that old checkpoints carry and that are computed, not learned.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
@@ -43,6 +47,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding_of: ShardingOf | None = None,
     quantise: str | None = None,
+    change: Callable[[Entry, jax.Array], jax.Array] | None = None,
 ) -> MultimodalLM:
     """Read a model directory.
 
@@ -52,6 +57,7 @@ def load(
       sharding_of: sharding for a parameter path and shape; None = the default device.
       quantise: "int8" = the matrices of linear layers as `Int8Weight`; tables, norms and biases
         stay in `dtype`, which is also that of the activations. None = everything in `dtype`.
+      change: what becomes of each parameter once it is read, such as merging an adapter.
 
     Raises:
       InvalidInputError: an unknown `quantise`.
@@ -78,6 +84,8 @@ def load(
         shape = tuple(node[leaf].shape)
         sharding = sharding_of(entry.path, shape) if sharding_of else None
         value = _read(entry, shape, files, dtype, sharding)
+        if change is not None:
+            value = change(entry, value)
         if quantise and entry.inputs:
             first = int(entry.stacked)
             value = linear.quantise(value, tuple(range(first, first + entry.inputs)))
@@ -92,21 +100,27 @@ def export(
     directory: str | Path,
     *,
     dtype: Any = None,
-    file_name: str = "model.safetensors",
-) -> Path:
-    """Write the weights as one safetensors file that transformers loads; atomic.
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write the weights as safetensors that transformers loads; each file atomically.
 
-    Configuration and tokenizer files are the caller's: copy those of the source model.
+    Weight files of an earlier export there are removed. Configuration and tokenizer files are the
+    caller's: copy those of the source model.
 
     Args:
-      dtype: dtype in the file; None keeps each parameter's own.
+      dtype: dtype in the files; None keeps each parameter's own.
+      shard_bytes: largest size of one file's tensors; more of them make several files and an
+        index. A tensor larger than that has a file of its own.
+
+    Returns: the weight files.
 
     Raises:
       UnsupportedError: the weights are quantised.
     """
     directory = Path(directory)
     pure = nnx.to_pure_dict(nnx.state(model))
-    tensors: dict[str, np.ndarray] = {}
+    shards: list[list[tuple[str, Entry, np.ndarray]]] = [[]]
+    room, total = shard_bytes, 0
     family = model.config.model_type
     for entry in entries(model.config):
         node, leaf = _descend(pure, entry.path)
@@ -117,24 +131,51 @@ def export(
                 reason="QUANTISED_MODEL",
             )
         value = np.asarray(node[leaf])
-        if dtype is not None:
-            value = value.astype(dtype)
-        if entry.stacked:
-            for layer, one in enumerate(value):
-                tensors[on_disk(entry.name.format(l=layer), family)] = entry.to_hf(one)
-        else:
-            tensors[on_disk(entry.name, family)] = entry.to_hf(value)
-    directory.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+        width = np.dtype(dtype or value.dtype).itemsize
+        for layer, one in enumerate(value if entry.stacked else [value]):
+            size = one.size * width
+            if size > room and shards[-1]:
+                shards.append([])
+                room = shard_bytes
+            shards[-1].append((on_disk(entry.name.format(l=layer), family), entry, one))
+            room, total = room - size, total + size
+    stale = {*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX}
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Turned and converted here, so that one shard at a time is copied.
+        tensors = {key: entry.to_hf(one.astype(dtype or one.dtype)) for key, entry, one in shard}
+        written.append(_replace(directory / name, lambda path, t=tensors: _save(t, path)))
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        stale.discard(_replace(directory / INDEX, lambda path: path.write_text(text)))
+    for path in stale.difference(written):
+        path.unlink(missing_ok=True)
+    return written
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
+    """The file is the old one or the whole new one, whatever happens meanwhile."""
+    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(fd)
+    temporary = Path(name)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, directory / file_name)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return directory / file_name
+    return path
 
 
 def _names(entry: Entry, config: ModelConfig) -> list[str]:
