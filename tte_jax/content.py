@@ -110,7 +110,7 @@ class HashedMedia(Protocol):
     def sha256(self) -> str: ...
 
 
-def content_hash(parts: Iterable[Text | HashedMedia]) -> str:
+def content_hash(parts: Iterable[Text | Media | HashedMedia]) -> str:
     """Hash over kinds, pages, bytes and texts, in order."""
     h = hashlib.sha256()
     for part in parts:

@@ -65,8 +65,10 @@ class PoolIndex:
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
+        del embedder_version
         return await self.view(None).search(vector, k=k, filter=filter, timeout_s=timeout_s)
 
     def view(self, pool: Sequence[str] | None, order: Sequence[str] | None = None) -> PoolView:
@@ -124,9 +126,10 @@ class PoolView:
         *,
         k: int,
         filter: Filter | None = None,
+        embedder_version: str = "",
         timeout_s: float | None = None,
     ) -> tuple[list[Hit], Usage]:
-        del filter, timeout_s
+        del filter, embedder_version, timeout_s
         if not self.names:
             return [], Usage("index")
         scores = self.table @ np.asarray(vector, np.float32)
