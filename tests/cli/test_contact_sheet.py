@@ -57,3 +57,12 @@ def test_a_move_by_the_reranker_is_marked() -> None:
         ).tobytes()
 
     assert sheet(1) != sheet(4) != sheet(None)
+
+
+def test_a_document_without_a_picture_has_its_place() -> None:
+    sheet = contact_sheet.draw(
+        "", "", [Row("", None, "", [Found(None, "a film", 0.9, 0.5, 1, False)])]
+    )
+    left = contact_sheet.MARGIN + contact_sheet.QUERY_WIDTH
+    middle = sheet.getpixel((left + 10, contact_sheet.HEADER + 20))
+    assert middle == ImageColor.getrgb("#d0d7de")

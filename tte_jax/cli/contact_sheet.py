@@ -26,7 +26,7 @@ class Found:
     """One result.
 
     Attributes:
-      picture: the document's image file.
+      picture: the document's image file; None = it has none that can be drawn.
       name: what it is called.
       cosine: first-stage score.
       rerank: the reranker's P(yes), None when it did not score it.
@@ -34,7 +34,7 @@ class Found:
       right: whether it is a right answer.
     """
 
-    picture: bytes
+    picture: bytes | None
     name: str
     cosine: float
     rerank: float | None
@@ -110,7 +110,12 @@ def _draw_found(
     pen.text((left, y + 31), name, fill=_SOFT, font=_font(11))
 
 
-def _paste(sheet: Image.Image, data: bytes, left: int, top: int) -> None:
+def _paste(sheet: Image.Image, data: bytes | None, left: int, top: int) -> None:
+    if data is None:
+        pen = ImageDraw.Draw(sheet)
+        pen.rectangle((left, top, left + PICTURE, top + PICTURE), fill=_LINE)
+        pen.text((left + 22, top + 48), "no picture", fill=_SOFT, font=_font(13))
+        return
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     picture.thumbnail((PICTURE, PICTURE))
     sheet.paste(picture, (left, top))

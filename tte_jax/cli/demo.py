@@ -18,7 +18,7 @@ from tte_jax.cli.connection import Client, connect
 from tte_jax.cli.demo_queries import QUERIES, DemoQuery
 from tte_jax.cli.demo_report import Answer, as_json, describe, not_run, rank_of, sheet_rows
 from tte_jax.cli.output import Output
-from tte_jax.content import Budget, Content
+from tte_jax.content import Budget, Content, MediaKind
 
 # The first stage keeps this many, and the demo looks for right answers among all of them.
 TOP_K = 50
@@ -107,8 +107,10 @@ def _ask(client: Client, query: DemoQuery, timeout: float, out: Output) -> Answe
     return answer
 
 
-def _picture(client: Client, id: str) -> bytes:
-    return client.get_document(id).content.media[0].data
+def _picture(client: Client, id: str) -> bytes | None:
+    """The first image of a document. The corpus may hold pages, videos and texts as well."""
+    media = client.get_document(id).content.media
+    return next((m.data for m in media if m.kind is MediaKind.IMAGE), None)
 
 
 def _summary(answers: list[Answer]) -> Table:

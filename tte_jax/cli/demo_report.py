@@ -108,7 +108,7 @@ _RANKINGS: dict[str, Callable[[Answer], SearchUpdate]] = {
 
 
 def sheet_rows(
-    answers: Sequence[Answer], picture_of: Callable[[str], bytes], *, shown: int
+    answers: Sequence[Answer], picture_of: Callable[[str], bytes | None], *, shown: int
 ) -> list[contact_sheet.Row]:
     """The contact sheet's rows; `picture_of` gives the image file of a document id."""
     rows = []

@@ -139,6 +139,7 @@ def export(
                 room = shard_bytes
             shards[-1].append((on_disk(entry.name.format(l=layer), family), entry, one))
             room, total = room - size, total + size
+    directory.mkdir(parents=True, exist_ok=True)
     stale = {*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX}
     written: list[Path] = []
     weight_map: dict[str, str] = {}
