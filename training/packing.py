@@ -96,7 +96,9 @@ class Packer:
         Where there is more to learn than `targets` tokens, the last examples' share is left out.
         """
         ecrs = [[*self._encode(e.shown), self._end] for e in examples]
-        sizes = np.array([len(e.prompt.ids) + len(c) + 1 for e, c in zip(examples, ecrs)])  # noqa: B905
+        sizes = np.array(
+            [len(e.prompt.ids) + len(c) + 1 for e, c in zip(examples, ecrs, strict=True)]
+        )
         places = _first_fit(sizes, rows, length)
         if places is None:
             return None
