@@ -4,9 +4,10 @@
 
 Next-token loss on the ECR and contrastive loss on the end token, from the same pass. Every sequence
 ends twice, after its ECR and right after the prompt, so "no reasoning" is trained as well and the
-comparison between the two is fair. Some ECRs are replaced by those of look-alikes: at serving time
-the reasoner errs, and an embedder that only ever saw true ECRs would follow it blindly. The vision
-tower and the embedding table come from `training.vision` and go on learning. The paper found joint
+comparison between the two is fair. Some ECRs are replaced by those of look-alikes, and at the end
+by the model's own (`training.own`): at serving time the reasoner errs, and an embedder that only
+ever saw true ECRs would follow it blindly. The vision tower comes from `training.vision` and stays
+as it is; the embedding table comes from there too and goes on learning. The paper found joint
 training to hurt a pretrained 7B backbone; here both skills start from nothing and see as one.
 """
 
