@@ -149,13 +149,14 @@ def main(config: Config) -> None:
     tokenizer = Tokenizer.from_dir(config.tokenizer)
 
     # The ladder fits what these models read: a picture is 16 patches and its prompt 18 tokens, an
-    # ECR about 21 and at most 35; long texts and very long or tall pictures take the larger ones.
+    # ECR about 21 and at most 35, and ten candidates are reranked; long texts and very long or tall
+    # pictures take the larger ones. A query alone has small shapes, a corpus on its way in has 16.
     buckets: dict[str, Any] = {
         "images": [[1, 16], [8, 16], [1, 64]],
-        "prefill": [[1, 48], [16, 32], [4, 128]],
-        "embed": [[1, 80], [16, 64], [2, 256]],
-        "prefix": [64, 256],
-        "score": [[16, 48], [16, 128]],
+        "prefill": [[1, 32], [16, 32], [1, 64], [4, 128]],
+        "embed": [[1, 48], [16, 64], [1, 96], [2, 256]],
+        "prefix": [48, 256],
+        "score": [[10, 32], [4, 64], [4, 128]],
     }
     tte = {"format": 1, "prompts": "mini", "version": config.version, "buckets": buckets}
     write(

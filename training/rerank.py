@@ -73,7 +73,7 @@ class Lists:
     labels: Leaf
 
 
-PREFIX_ROOM, SUFFIX_ROOM = 48, 48
+PREFIX_ROOM, SUFFIX_ROOM = 40, 36  # an ECR takes 23 tokens of them, and 32 at most
 
 
 class RowSource:

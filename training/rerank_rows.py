@@ -2,10 +2,11 @@
 
     python -m training.rerank_rows --out .data/runs/rerank/rows.jsonl
 
-On clean training pictures the reasoner is nearly always right, and a reranker trained on that would
-never have seen a mistake. So the pictures are spoilt first (small, grey, turned, cut, noisy), the
-reasoner describes them, the embedder ranks them, and the first candidates become one row: ranked,
-with the right ones marked. Only training pictures and training concepts are used.
+The reasoner describes training pictures, the embedder ranks them, and the first candidates become
+one row: ranked, with the right ones marked. Documents are as they are served; queries are spoilt a
+little (small, grey, turned, cut, noisy), so that the reasoner errs about them as it does about art
+that it never saw. Where documents were spoilt too, a candidate in just the query's words was wrong
+so often that the reranker did not learn to look for it. Only training concepts are used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tte_jax.reasoner import Reasoner
 
 @dataclass(frozen=True)
 class Config:
-    """Options: the unified model directory, numbers of queries by kind, candidates a row."""
+    """Options: the unified model directory, numbers of queries by kind, candidates a row, and how
+    badly the queries' and the documents' pictures are spoilt, in [0, 1]."""
 
     data: Path = Path(".data/emoji")
     model: Path = WEIGHTS_DIR / REASONER
@@ -42,6 +44,8 @@ class Config:
     composed: int = 1400
     documents: int = 3300
     candidates: int = 12
+    spoilt_queries: float = 0.3
+    spoilt_documents: float = 0.0
     budget: int = 64
     seed: int = 0
 
@@ -63,12 +67,12 @@ def main(config: Config) -> None:
     )
     table = image_table(data)
 
-    def picture(row: int) -> Content:
-        spoilt = spoil(data.images[row], rng, float(rng.uniform(0.0, 0.5)))
+    def picture(row: int, most: float = config.spoilt_queries) -> Content:
+        spoilt = spoil(data.images[row], rng, float(rng.uniform(0.0, most)))
         return Content.of("", png(spoilt))
 
     rows = documents(data, config.documents, rng)
-    pool = [picture(r) for r in rows]
+    pool = [picture(r, config.spoilt_documents) for r in rows]
     keys = np.array([data.concept_ids[r] for r in rows])
     pool_ecrs = reason_all(roles, pool, Side.DOCUMENT, config.budget)
     pool_vectors = embed_all(roles, pool, Side.DOCUMENT, pool_ecrs)

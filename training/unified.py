@@ -47,6 +47,7 @@ class Config:
 
     Attributes:
       vision: `visual.npz` written by `training.vision`.
+      start: a model directory to go on from, its tower included; None = begin with `vision`.
       own: what `training.own` wrote; shown in place of most true ECRs (`mix.own`).
       tokenizer: folder written by `training.tokenizer`.
       steps: optimiser steps; warm-up, then cosine to a hundredth.
@@ -62,6 +63,7 @@ class Config:
     data: Path = Path(".data/emoji")
     tokenizer: Path = Path(".data/runs/tokenizer")
     vision: Path = Path(".data/runs/vision/visual.npz")
+    start: Path | None = None
     own: Path | None = None
     out: Path = Path(".data/runs/unified")
     mix: Mix = field(default_factory=Mix)
@@ -264,6 +266,8 @@ def main(config: Config) -> None:
     model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
     sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
     begun(model, saved, config.feature_std, sample)
+    if config.start is not None:
+        model = hf.load(config.start, dtype=jnp.float32)
     frozen = config.tower == "frozen"
     tower = jax.tree.map(jnp.copy, model.visual)
     residuals = style_residuals(model, data)

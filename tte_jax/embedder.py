@@ -15,7 +15,7 @@ import numpy as np
 from tte_jax.content import Usage
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
-from tte_jax.engine.buckets import longest, rows_bucket, smallest
+from tte_jax.engine.buckets import cheapest, longest, smallest
 from tte_jax.engine.inputs import ModelInput, model_input, pad_rows, place_features
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
@@ -198,8 +198,7 @@ class Embedder(Role):
     def _run_batch(self, entries: list[Entry]) -> list[Any]:
         start = time.monotonic()
         inputs: list[ModelInput] = [e.payload for e in entries]
-        tokens = entries[0].group
-        rows = rows_bucket(len(inputs), sorted(b for b, t in self._shapes if t == tokens))
+        rows, tokens = cheapest(len(inputs), entries[0].group, self._shapes)
         if rows < len(inputs):
             return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
         ids, positions, n = pad_rows(inputs, (rows, tokens))

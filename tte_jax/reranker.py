@@ -20,7 +20,7 @@ import numpy as np
 from tte_jax.content import Usage
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
-from tte_jax.engine.buckets import longest, rows_bucket, smallest
+from tte_jax.engine.buckets import cheapest, longest, smallest
 from tte_jax.engine.cache import ByteLru
 from tte_jax.engine.inputs import ModelInput, model_input, pad_rows
 from tte_jax.engine.role import Role, results, windows
@@ -206,8 +206,7 @@ class Reranker(Role):
     def _run_batch(self, entries: list[Entry]) -> list[Any]:
         start = time.monotonic()
         jobs: list[ScoreJob] = [e.payload for e in entries]
-        _, tokens = entries[0].group
-        rows = rows_bucket(len(jobs), sorted(n for n, t in self._shapes if t == tokens))
+        rows, tokens = cheapest(len(jobs), entries[0].group[1], self._shapes)
         if rows < len(jobs):
             return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
         before, was_cached = self._prefix(jobs[0])

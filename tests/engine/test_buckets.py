@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from tte_jax.engine.buckets import MINI, longest, plan_batches, rows_bucket, smallest
+from tte_jax.engine.buckets import (
+    DISPATCH_TOKENS,
+    MINI,
+    cheapest,
+    longest,
+    plan_batches,
+    smallest,
+)
 from tte_jax.errors import InvalidInputError, PreconditionError
 
 TABLE = ((1, 64), (4, 64), (16, 64), (2, 128))
@@ -20,15 +27,27 @@ def test_smallest_rung_and_its_limit():
     assert caught.value.metadata["limit"] == "128"
 
 
+LADDER = ((1, 80), (16, 64), (2, 256))
+
+
 @pytest.mark.parametrize(
-    ("rows", "taken"), [(1, 1), (2, 4), (3, 4), (4, 4), (5, 4), (7, 4), (8, 16), (16, 16), (40, 16)]
+    ("rows", "tokens", "shape"),
+    [
+        (1, 40, (1, 80)),  # not among 15 empty rows
+        (4, 40, (1, 80)),
+        (9, 64, (1, 80)),  # 80 tokens and a dispatch for each, against 117
+        (10, 64, (16, 64)),
+        (40, 64, (16, 64)),
+        (40, 65, (1, 80)),
+        (1, 81, (2, 256)),
+    ],
 )
-def test_rows_are_padded_to_at_most_twice(rows, taken):
-    assert rows_bucket(rows, (1, 4, 16)) == taken
+def test_the_cheapest_shape_pads_least_for_each_input(rows, tokens, shape):
+    assert cheapest(rows, tokens, LADDER) == shape
 
 
-def test_one_large_bucket_takes_few_rows():
-    assert rows_bucket(1, (16,)) == 16
+def test_equal_costs_run_together():
+    assert cheapest(20, 64, ((1, 64), (16, 64), (4, 64))) == (16, 64)
 
 
 def test_plans_cover_every_row_once_in_a_bucket_that_holds_it():
@@ -42,10 +61,13 @@ def test_plans_cover_every_row_once_in_a_bucket_that_holds_it():
             assert batch.shape in TABLE
             assert len(batch.rows) <= batch.shape[0]
             assert all(lengths[row] <= batch.shape[1] for row in batch.rows)
-        # No short prompt pays for a long bucket.
-        assert all(
-            lengths[row] > 64 for batch in plan if batch.shape[1] == 128 for row in batch.rows
-        )
+        # One at a time would never be cheaper.
+        alone = sum(min(cost((b, t)) for b, t in TABLE if t >= n) for n in lengths)
+        assert sum(cost(batch.shape) for batch in plan) <= alone
+
+
+def cost(shape):
+    return shape[0] * shape[1] + DISPATCH_TOKENS
 
 
 def test_too_long_input_is_refused_before_anything_is_planned():

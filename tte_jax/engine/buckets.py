@@ -2,8 +2,7 @@
 
 A bucket is a shape that was compiled at warm-up. Rows and tokens are padded up to it, so the cost
 of a batch is the bucket's size, not the input's: `plan_batches` therefore keeps inputs of about
-the same length together and never pads a batch to more than twice its rows when a smaller bucket
-exists.
+the same length together and takes the shape in which each of them costs least.
 """
 
 from __future__ import annotations
@@ -15,6 +14,10 @@ from typing import Any
 from tte_jax.errors import InvalidInputError, PreconditionError
 
 Shape = tuple[int, int]
+
+DISPATCH_TOKENS = 32
+"""What running a program costs beyond its tokens, as so many of them: dispatch, and reading the
+weights once. Measured on the built-in models on two cores: 1.4 to 2 ms, at 0.06 ms a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +138,8 @@ def longest(table: Iterable[Shape]) -> int:
 def plan_batches(lengths: Sequence[int], table: Sequence[Shape], *, what: str) -> list[Batch]:
     """Cuts inputs of the given lengths into batches of bucket shapes, shortest inputs first.
 
-    An input goes to the smallest T that holds it. Rows are filled from the largest row count
-    down; the remainder takes a larger bucket than it needs only if that is at least half full.
+    Inputs whose smallest T is the same stand together; each batch then runs in the shape that is
+    `cheapest`.
 
     Raises:
       InvalidInputError: an input is longer than every bucket.
@@ -147,25 +150,28 @@ def plan_batches(lengths: Sequence[int], table: Sequence[Shape], *, what: str) -
         by_tokens.setdefault(tokens, []).append(row)
     batches = []
     for tokens, rows in by_tokens.items():
-        counts = sorted(b for b, t in table if t == tokens)
         while rows:
-            count = rows_bucket(len(rows), counts)
-            batches.append(Batch((count, tokens), tuple(rows[:count])))
-            rows = rows[count:]
+            shape = cheapest(len(rows), tokens, table)
+            batches.append(Batch(shape, tuple(rows[: shape[0]])))
+            rows = rows[shape[0] :]
     return batches
 
 
-def rows_bucket(rows: int, counts: Sequence[int]) -> int:
-    """How many of `rows` the next batch takes: the padded row count it runs in.
+def cheapest(rows: int, tokens: int, table: Iterable[Shape]) -> Shape:
+    """The shape of at least `tokens` tokens in which each of `rows` inputs costs least.
 
-    `counts` is ascending. A count above `rows` is taken only if at least half of it is used or
-    nothing smaller exists.
+    One input alone therefore runs in a longer row rather than among 15 empty ones, and few inputs
+    run one after the other where that is less work. Equal shapes: the one with most rows.
+
+    Args:
+      tokens: at most the largest T of the table.
     """
-    fitting = [b for b in counts if b <= rows]
-    above = next((b for b in counts if b > rows), None)
-    if above is not None and (not fitting or (2 * rows >= above and fitting[-1] < rows)):
-        return above
-    return fitting[-1]
+    fitting = [shape for shape in table if shape[1] >= tokens]
+
+    def cost(shape: Shape) -> tuple[float, int]:
+        return (shape[0] * shape[1] + DISPATCH_TOKENS) / min(shape[0], rows), -shape[0]
+
+    return min(fitting, key=cost)
 
 
 def _parse(key: str, value: Any, *, like: Any) -> Any:

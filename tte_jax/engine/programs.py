@@ -197,6 +197,7 @@ def decode(
     """`steps` tokens for the first `slots` slots, over the first `places` places of their caches.
 
     Reading the caches is a large part of a step, so short sequences should not pay for long ones.
+    Where all slots are done, the rest of the steps is not run.
 
     Args:
       state: donated.
@@ -219,7 +220,8 @@ def decode(
         ),
     )
 
-    def step(s: DecodeState, _: None) -> tuple[DecodeState, Array]:
+    def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+        i, s, tokens = carry
         c = s.control
         rows = jnp.arange(slots)
         hidden, (k, v) = model.forward(
@@ -238,9 +240,13 @@ def decode(
             next_pos=s.next_pos + grown,
             control=after,
         )
-        return s, jnp.where(c.done, NO_TOKEN, token)
+        return i + 1, s, tokens.at[i].set(jnp.where(c.done, NO_TOKEN, token))
 
-    part, tokens = jax.lax.scan(step, part, None, length=steps)
+    def wanted(carry: tuple[Array, DecodeState, Array]) -> Array:
+        return (carry[0] < steps) & ~carry[1].control.done.all()
+
+    nothing = jnp.full((steps, slots), NO_TOKEN, jnp.int32)
+    _, part, tokens = jax.lax.while_loop(wanted, step, (jnp.int32(0), part, nothing))
     c = part.control
     return _put_back(state, part), tokens, c.forced, c.done, c.failed
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tte_jax.engine import programs
-from tte_jax.engine.buckets import Shape, longest, rows_bucket
+from tte_jax.engine.buckets import Shape, cheapest, longest
 from tte_jax.engine.cache import ByteLru
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ImageInput
@@ -110,11 +110,10 @@ class VisionEncoder:
         packs = pack_images(list(missing.values()), (p for _, p in self._shapes))
         for size in sorted({p.size for p in packs}):
             rows = [p for p in packs if p.size == size]
-            counts = sorted(g for g, p in self._shapes if p == size)
             while rows:
-                count = rows_bucket(len(rows), counts)
-                self._run((count, size), rows[:count], found)
-                rows = rows[count:]
+                shape = cheapest(len(rows), size, self._shapes)
+                self._run(shape, rows[: shape[0]], found)
+                rows = rows[shape[0] :]
         return found, cached
 
     def _run(self, shape: Shape, packs: Sequence[Pack], found: dict[str, np.ndarray]) -> None:
