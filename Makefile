@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test crash lint format types protos breaking bench parity clean
+.PHONY: help install serve demo test crash lint format types protos breaking bench bench-engine parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -26,6 +26,7 @@ help:
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
 	@echo "make bench     measure, see benchmarks/"
+	@echo "make bench-engine  the engine against PyTorch, its services and the machine"
 	@echo "make parity    every model family against transformers"
 	@echo "make install   only make .venv with everything for development"
 	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
@@ -91,6 +92,9 @@ breaking: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+bench-engine: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.engine
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.parity

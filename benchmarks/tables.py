@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import code_tables, model_tables, quality_tables
+from benchmarks.engine.summary import summary
 from benchmarks.environment import ROOT
 from benchmarks.markdown import table
 
@@ -76,6 +77,11 @@ def startup(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
+def engine(result: Mapping[str, Any]) -> str:
+    """What, goal, and the figure of each size of model with its verdict."""
+    return summary(dict(result)) + _footnote(result)
+
+
 def loading(result: Mapping[str, Any]) -> str:
     """Peak of the host's memory by dtype of the parameters."""
     rows = [
@@ -110,6 +116,7 @@ def quantisation(result: Mapping[str, Any]) -> str:
 MEASURED = {
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
+    "engine": Measured("engine.json", "make bench-engine", engine),
     "loading": Measured("load.json", "python -m benchmarks.load", loading),
     "startup": Measured("startup.json", "python -m benchmarks.startup", startup),
     "quantisation": Measured(

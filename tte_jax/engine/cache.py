@@ -50,3 +50,9 @@ class ByteLru(Generic[T]):
             while self.bytes > self._max_bytes:
                 _, dropped = self._values.popitem(last=False)
                 self.bytes -= self._size_of(dropped)
+
+    def clear(self) -> None:
+        """Drops everything; what comes next is made anew."""
+        with self._lock:
+            self._values.clear()
+            self.bytes = 0

@@ -1,0 +1,140 @@
+"""How near to the machine's own rates the programs come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.engine import models
+from benchmarks.engine.rounds import interleave, row, spread
+from tte_jax.engine import programs
+from tte_jax.models.registry import model_config
+from tte_jax.reasoner import Reasoner
+
+DECODE = (1, 112)
+MATRIX = 1536  # three of them fit no cache, as a layer's weights and activations do not
+MEMORY_BYTES = 512 * 2**20
+
+
+def measure(directory: Path, *, rounds: int) -> dict[str, Any]:
+    """Prefill against the rate of a large product, decode against the rate of reading memory."""
+    text = model_config(directory).text
+    d, heads = text.hidden_size, (2 * text.heads + 2 * text.kv_heads) * text.head_dim
+    weights = text.layers * (d * heads + 3 * d * text.intermediate_size)
+    rows, tokens = _largest(directory)
+    # The score and value products of causal attention count once for each pair that is looked at.
+    pairs = rows * tokens * (tokens + 1) / 2
+    attention = 4 * text.layers * text.heads * text.head_dim * pairs
+    head = text.vocab_size * d
+    flops = 2 * rows * tokens * weights + attention + 2 * rows * head
+    read = 4 * (weights + head)
+
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(MATRIX, MATRIX)), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    memory = jnp.ones(MEMORY_BYTES // 4, jnp.float32)
+    total = jax.jit(jnp.sum)
+    with Reasoner.from_pretrained(directory) as reasoner:
+        reasoner.warmup()
+        steps = reasoner.served.buckets.decode_steps
+        prefill = _prefill(reasoner, (rows, tokens))
+        decode = _decode(reasoner, steps)
+        seconds = interleave(
+            {
+                "matmul": lambda: product(a, a).block_until_ready(),
+                "memory": lambda: total(memory).block_until_ready(),
+                "prefill": prefill,
+                "decode": decode,
+            },
+            rounds,
+        )
+    best = {name: min(s) for name, s in seconds.items()}
+    matmul_rate = 2 * MATRIX**3 / best["matmul"]
+    memory_rate = MEMORY_BYTES / best["memory"]
+    prefill_rate = flops / best["prefill"]
+    decode_rate = read * steps / best["decode"]
+    return {
+        "prefill_shape": [rows, tokens],
+        "decode_shape": DECODE,
+        "parameters": models.parameters(directory),
+        "seconds": {name: spread(s) for name, s in seconds.items()},
+        "gflops": {"matmul": round(matmul_rate / 1e9, 1), "prefill": round(prefill_rate / 1e9, 1)},
+        "gb_per_s": {"memory": round(memory_rate / 1e9, 1), "decode": round(decode_rate / 1e9, 1)},
+        "rows": [
+            row("prefill, of the matmul rate", round(prefill_rate / matmul_rate, 3), 0.7, ""),
+            row(
+                "decode at batch 1, of the memory rate",
+                round(decode_rate / memory_rate, 3),
+                0.6,
+                "",
+            ),
+        ],
+    }
+
+
+def _largest(directory: Path) -> tuple[int, int]:
+    """The prefill bucket of most tokens."""
+    spec = json.loads((directory / "tte.json").read_text())
+    rows, tokens = max(spec["buckets"]["prefill"], key=lambda shape: shape[0] * shape[1])
+    return rows, tokens
+
+
+def _prefill(reasoner: Reasoner, shape: tuple[int, int]) -> Callable[[], None]:
+    """Runs the program that fills slots, on prompts of the whole bucket."""
+    rows, tokens = shape
+    holder = [_state(reasoner, done=True)]
+    ids = np.random.default_rng(0).integers(0, 1000, (rows, tokens)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, 3, tokens)).copy()
+    width = reasoner.served.config.feature_size
+    control = jax.tree.map(lambda x: np.asarray(x[:rows]), _state(reasoner, done=False).control)
+
+    def run() -> None:
+        holder[0], token, *_ = reasoner.table.run(
+            "prefill",
+            shape,
+            holder[0],
+            ids,
+            positions,
+            np.full(rows, tokens, np.int32),
+            np.zeros((rows * tokens, width), np.float32),
+            np.full((rows, tokens), -1, np.int32),
+            np.arange(rows, dtype=np.int32),
+            np.full(rows, tokens, np.int32),
+            control,
+        )
+        token.block_until_ready()
+
+    return run
+
+
+def _decode(reasoner: Reasoner, steps: int) -> Callable[[], None]:
+    """Runs one dispatch of one sequence that never ends."""
+    slots = reasoner.served.buckets.slots
+    alive, closed = np.ones(slots, bool), np.zeros(slots, bool)
+
+    def run() -> None:
+        state = _state(reasoner, done=False)
+        _, tokens, *_ = reasoner.table.run("decode", DECODE, state, alive, closed)
+        tokens.block_until_ready()
+        assert int((np.asarray(tokens) >= 0).sum()) == steps
+
+    return run
+
+
+def _state(reasoner: Reasoner, *, done: bool) -> programs.DecodeState:
+    buckets = reasoner.served.buckets
+    state = programs.empty_state(
+        reasoner.served.model, slots=buckets.slots, length=buckets.cache_length
+    )
+    never = jnp.full((buckets.slots,), 2**30, jnp.int32)
+    read = jnp.full((buckets.slots,), 40, jnp.int32)
+    control = replace(
+        state.control, done=jnp.full((buckets.slots,), done), limit=never, close_at=never
+    )
+    return jax.block_until_ready(replace(state, length=read, next_pos=read + 0, control=control))
