@@ -36,6 +36,9 @@ _LIMITS = {
     "MAX_REWRITE_DEPTH": "candidates rewritten",
     "MAX_RERANK_CANDIDATES": "candidates reranked",
     "MAX_NEW_TOKENS": "new tokens of one reasoning",
+    "MAX_TEMPERATURE": "temperature of sampling",
+    "MAX_STOPS": "texts that end a reasoning",
+    "MAX_STOP_CHARS": "characters of such a text",
     "MAX_DIMENSION": "dimension of a vector",
     "DEFAULT_TOP_K": "`top_k` when a search does not say",
 }

@@ -18,18 +18,21 @@ from tte_jax.content import Budget, Document, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, StagedVector
+from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, Sampling, StagedVector
 
 T = TypeVar("T")
 
 
-def reason_arguments(request: reasoner_pb2.ReasonRequest) -> tuple[list[ReasonItem], int]:
-    """(items, max new tokens of each)."""
+def reason_arguments(
+    request: reasoner_pb2.ReasonRequest,
+) -> tuple[list[ReasonItem], int, Sampling]:
+    """(items, max new tokens of each, how they are chosen)."""
     tokens = Budget().reasoning_tokens
     if request.HasField("max_tokens"):
         tokens = request.max_tokens
     _check_range(tokens, 1, limits.MAX_NEW_TOKENS, "max_tokens")
-    return _batch(request.inputs, "inputs", codec.decode_reason_item), tokens
+    items = _batch(request.inputs, "inputs", codec.decode_reason_item)
+    return items, tokens, codec.decode_sampling(request.sampling)
 
 
 def reason_delta(index: int, text: str, tokens: int) -> reasoner_pb2.ReasonResponse:

@@ -28,12 +28,13 @@ class ReasonerServicer(reasoner_pb2_grpc.ReasonerServiceServicer):
     async def Reason(
         self, request: reasoner_pb2.ReasonRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[reasoner_pb2.ReasonResponse]:
-        items, max_tokens = convert.reason_arguments(request)
+        items, max_tokens, sampling = convert.reason_arguments(request)
         finished: list[Finished] = []
         events = self._stage.stream(
             items,
             max_tokens=max_tokens,
             timeout_s=time_left(context),
+            sampling=sampling,
             deltas=not request.omit_deltas,
         )
         # Closed at once when the call is cancelled, which frees its decode slots.

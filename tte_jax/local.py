@@ -20,9 +20,9 @@ from tte_jax.content import Reasoning, Usage
 from tte_jax.embedder import Embedder
 from tte_jax.engine.role import Role
 from tte_jax.errors import DeadlineExceededError
-from tte_jax.reasoner import GREEDY, Delta, Finished, Reasoner, Sampling, total
+from tte_jax.reasoner import Delta, Finished, Reasoner, total
 from tte_jax.reranker import Reranker
-from tte_jax.stages import EmbedItem, ReasonItem
+from tte_jax.stages import GREEDY, EmbedItem, ReasonItem, Sampling
 
 T = TypeVar("T")
 

@@ -16,21 +16,13 @@ from tte_jax.engine.programs import Stops
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
 from tte_jax.engine.slots import DecodeLoop, Generated, Job, think_limit
+from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.ecr import END_THINK, parse_ecr
-from tte_jax.stages import ReasonItem
+from tte_jax.stages import GREEDY, ReasonItem, Sampling
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy; equal seeds give equal texts."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,6 @@ class Finished:
     index: int
     reasoning: Reasoning
     usage: Usage
-
-
-GREEDY = Sampling()
 
 
 class Reasoner(Role):
@@ -215,12 +204,6 @@ class Reasoner(Role):
             )
         # A budget is an upper bound, and a smaller one keeps it; `truncated` says where it bit.
         max_tokens = min(max_tokens, self.max_new_tokens)
-        if not 0.0 <= sampling.temperature <= 2.0 or not 0.0 < sampling.top_p <= 1.0:
-            raise InvalidInputError(
-                f"sampling: temperature {sampling.temperature} must be in [0, 2] and top_p "
-                f"{sampling.top_p} in (0, 1]",
-                field="sampling",
-            )
         prompt = self.served.prompts.reason(item, field=field)
         one = model_input(prompt, self.served.config)
         smallest(
@@ -239,6 +222,9 @@ class Reasoner(Role):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
+            stop=StopTexts(sampling.stop, self.served.prompts.tokenizer.decode)
+            if sampling.stop
+            else None,
         )
 
     def submit(
@@ -263,7 +249,7 @@ class Reasoner(Role):
         todo: list[Job] = []
         for index, job in enumerate(jobs):
             if job is not None:
-                listener = self._listener(index, on_delta) if on_delta else None
+                listener = self._listener(index, job, on_delta) if on_delta else None
                 todo.append(replace(job, on_tokens=listener) if listener else job)
         running = iter(self.loop.submit(todo, deadline=deadline, wait=wait) if todo else ())
         return [
@@ -272,12 +258,15 @@ class Reasoner(Role):
         ]
 
     def _listener(
-        self, index: int, on_delta: Callable[[Delta], None]
+        self, index: int, job: Job, on_delta: Callable[[Delta], None]
     ) -> Callable[[list[int], bool], None]:
         decoder = self.served.prompts.tokenizer.stream()
+        shown = job.stop.stream() if job.stop else None
 
         def listen(ids: list[int], last: bool) -> None:
             text = decoder.push(ids) + (decoder.finish() if last else "")
+            if shown is not None:
+                text = shown.push(text, last=last)
             on_delta(Delta(index, text, len(ids)))
 
         return listen
@@ -314,6 +303,8 @@ class Reasoner(Role):
 
     def _finished(self, index: int, job: Job, made: Generated) -> Finished:
         text = self.served.prompts.tokenizer.decode(made.tokens)
+        if job.stop is not None:
+            text = job.stop.cut(text)
         reasoning = parse_ecr(text, tokens=len(made.tokens), truncated=made.forced)
         usage = Usage(
             self.stage,

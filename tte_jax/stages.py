@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from tte_jax import limits
 from tte_jax.content import (
     NO_REASONING,
     Content,
@@ -24,6 +25,7 @@ from tte_jax.content import (
     Task,
     Usage,
 )
+from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
 
 
@@ -53,6 +55,51 @@ class ReasonItem:
     def background(self) -> bool:
         """Whether no query waits for it; a rewrite is of a document, but its query waits."""
         return self.side is Side.DOCUMENT and self.task is not Task.REWRITE
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and what ends a text besides the model's own end.
+
+    Attributes:
+      temperature: 0 = greedy; at most `limits.MAX_TEMPERATURE`.
+      top_p: draws among the likeliest tokens that together have this probability, in (0, 1].
+      seed: equal seeds give equal texts.
+      stop: a text ends before the first of these; at most `limits.MAX_STOPS`.
+
+    Raises:
+      InvalidInputError: a value is out of range; `field` names it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= limits.MAX_TEMPERATURE:
+            raise InvalidInputError(
+                f"sampling.temperature is {self.temperature}: expected 0 (greedy) to "
+                f"{limits.MAX_TEMPERATURE:g}",
+                field="sampling.temperature",
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidInputError(
+                f"sampling.top_p is {self.top_p}: expected above 0 and at most 1",
+                field="sampling.top_p",
+            )
+        sizes = [len(text) for text in self.stop]
+        if len(sizes) > limits.MAX_STOPS or not all(
+            0 < size <= limits.MAX_STOP_CHARS for size in sizes
+        ):
+            raise InvalidInputError(
+                f"sampling.stop: expected at most {limits.MAX_STOPS} texts of 1 to "
+                f"{limits.MAX_STOP_CHARS} characters, got {len(sizes)} of {sizes}",
+                field="sampling.stop",
+            )
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class _Reasoner(reasoner_pb2_grpc.ReasonerServiceServicer):
         self.stage = ColourReasoner()
 
     async def Reason(self, request: reasoner_pb2.ReasonRequest, context: Any) -> Any:
-        items, max_tokens = convert.reason_arguments(request)
+        items, max_tokens, _ = convert.reason_arguments(request)
         reasonings, usage = await self.stage.reason(items, max_tokens=max_tokens)
         for number, reasoning in enumerate(reasonings):
             yield convert.reason_result(number, reasoning)

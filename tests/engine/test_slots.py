@@ -16,8 +16,8 @@ from tte_jax.content import NO_REASONING, Content, Side
 from tte_jax.engine.executables import backend_compiles
 from tte_jax.engine.slots import ANSWER_RESERVE, think_limit
 from tte_jax.errors import DeadlineExceededError, InternalError, InvalidInputError
-from tte_jax.reasoner import Reasoner, Sampling
-from tte_jax.stages import EmbedItem, ReasonItem
+from tte_jax.reasoner import Reasoner
+from tte_jax.stages import EmbedItem, ReasonItem, Sampling
 
 WAIT_S = 60.0
 
@@ -99,7 +99,24 @@ def test_draws_depend_on_their_seed_alone(reasoner):
     assert texts([ITEMS[3]], 7) == [together[3]]
     assert texts([ITEMS[3]], 8) != [together[3]]
     with pytest.raises(InvalidInputError, match="temperature"):
-        reasoner.reason(ITEMS[:1], 24, sampling=Sampling(temperature=9.0))
+        Sampling(temperature=9.0)
+
+
+def test_a_stop_text_ends_the_sequence_and_frees_its_slot(reasoner):
+    whole = reasoner.reason(ITEMS[:1], 24)[0]
+    stop = whole.text[6:8]
+    before = whole.text[: whole.text.index(stop)]
+    sampling = Sampling(stop=("never written", stop))
+    used = reasoner.loop.stats.tokens_out
+    events = list(reasoner.stream(ITEMS[:1], 24, sampling=sampling))
+    finished = events[-1]
+    assert finished.reasoning.text == before.strip() and before.strip()
+    assert "".join(e.text for e in events[:-1]) == before
+    # It was seen within a dispatch, and nothing more was written for it.
+    steps = reasoner.served.buckets.decode_steps
+    assert finished.usage.tokens_out == reasoner.loop.stats.tokens_out - used
+    assert finished.usage.tokens_out < whole.tokens or whole.tokens <= steps + 1
+    assert reasoner.loop.active == 0
 
 
 def test_cancelling_gives_the_slot_back_within_one_dispatch(reasoner):

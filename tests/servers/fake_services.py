@@ -51,7 +51,7 @@ class FakeServicer(
 
     async def Reason(self, request, context):
         left = self.fakes.note("Reason", context)
-        items, tokens = convert.reason_arguments(request)
+        items, tokens, _ = convert.reason_arguments(request)
         reasonings, usage = await self.fakes.reasoner.reason(
             items, max_tokens=tokens, timeout_s=left
         )

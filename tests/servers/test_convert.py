@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +15,16 @@ from tte_jax import codec, limits
 from tte_jax.content import Content, Document, Reasoning, Side, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.mining import percent_of_positive
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem
+from tte_jax.stages import GREEDY, EmbedItem, Hit, IndexEntry, ReasonItem, Sampling
 
 few = settings(max_examples=30, deadline=None)
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=9).filter(str.strip)
+
+
+def sampled(**values: Any) -> reasoner_pb2.ReasonRequest:
+    return reasoner_pb2.ReasonRequest(
+        inputs=[reason_input()], sampling=reasoner_pb2.Sampling(**values)
+    )
 
 
 def reason_input() -> reasoner_pb2.ReasonInput:
@@ -30,9 +38,15 @@ def test_reason_requests(words: list[str], tokens: int) -> None:
     request = reasoner_pb2.ReasonRequest(
         inputs=map(codec.encode_reason_item, items), max_tokens=tokens
     )
-    assert convert.reason_arguments(request) == (items, tokens)
+    assert convert.reason_arguments(request) == (items, tokens, GREEDY)
     request.ClearField("max_tokens")
     assert convert.reason_arguments(request)[1] == 64
+
+
+def test_sampling_travels_and_is_greedy_by_default() -> None:
+    sampling = Sampling(temperature=0.5, top_p=0.25, seed=7, stop=("\n", "Answer"))
+    assert codec.decode_sampling(codec.encode_sampling(sampling)) == sampling
+    assert convert.reason_arguments(sampled(temperature=0.5))[2] == Sampling(temperature=0.5)
 
 
 def test_reason_responses_carry_one_event_each() -> None:
@@ -155,6 +169,10 @@ def nameless() -> content_pb2.Content:
             reasoner_pb2.ReasonRequest(inputs=[reason_input()] * 65),
             "inputs",
         ),
+        (convert.reason_arguments, sampled(temperature=2.5), "sampling.temperature"),
+        (convert.reason_arguments, sampled(top_p=0.0), "sampling.top_p"),
+        (convert.reason_arguments, sampled(stop=["a"] * 5), "sampling.stop"),
+        (convert.reason_arguments, sampled(stop=[""]), "sampling.stop"),
         (convert.embed_arguments, embed(dimension=8_193), "dimension"),
         (
             convert.embed_arguments,

@@ -150,6 +150,20 @@ async def test_reason_streams_deltas_results_and_usage():
         assert seen[0].result.reasoning.tokens > 0
 
 
+async def test_drawn_reasonings_follow_their_seed_and_end_at_a_stop():
+    async def text(stub: Any, **values: Any) -> str:
+        request = reason_request(CAT, max_tokens=20, sampling=reasoner_pb2.Sampling(**values))
+        events = [e async for e in stub.Reason(request)]
+        return next(e.result.reasoning.text for e in events if e.HasField("result"))
+
+    async with running("reasoner") as r:
+        drawn = [await text(r.stub, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        greedy = await text(r.stub)
+        stop = greedy[4:6]
+        assert await text(r.stub, stop=[stop]) == greedy[: greedy.index(stop)].strip()
+
+
 async def test_bad_reason_requests_are_refused_with_their_field():
     async with running("reasoner") as r:
         broken = content_pb2.Content(

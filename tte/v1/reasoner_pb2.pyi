@@ -98,6 +98,50 @@ class ReasonInput(_message.Message):
 Global___ReasonInput: _TypeAlias = ReasonInput  # noqa: Y015
 
 @_typing.final
+class Sampling(_message.Message):
+    """How tokens are chosen, and what ends a text besides the model's own end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """0 is greedy, the default; at most 2. Embeddings are made for greedy reasonings; drawn ones are
+    for several different reasonings of one input, in several requests.
+    """
+    top_p: _builtins.float
+    """Draws among the likeliest tokens that together have this probability, in (0, 1]. Default 1."""
+    seed: _builtins.int
+    """Equal seeds give equal texts of an input, whatever else is being served. All inputs of a request
+    draw with the same seed.
+    """
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Up to 4 texts of at most 64 characters each. A reasoning ends before the first of them; up to a
+        dispatch of tokens more may have been written and are counted in `Usage`.
+        """
+
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_p", b"_top_p", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_p", b"_top_p", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+
+@_typing.final
 class ReasonRequest(_message.Message):
     """Request of `Reason`."""
 
@@ -106,6 +150,7 @@ class ReasonRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     OMIT_DELTAS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Hard limit of new tokens for each input, answer line included, 1 to 4,096. Default 64. When the
     thinking would exceed it, the think block is closed, the answer line still follows, and the
@@ -118,16 +163,21 @@ class ReasonRequest(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReasonInput]:
         """1 to 64 inputs."""
 
+    @_builtins.property
+    def sampling(self) -> Global___Sampling:
+        """How tokens are chosen; greedy when unset."""
+
     def __init__(
         self,
         *,
         inputs: _abc.Iterable[Global___ReasonInput] | None = ...,
         max_tokens: _builtins.int | None = ...,
         omit_deltas: _builtins.bool = ...,
+        sampling: Global___Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "inputs", b"inputs", "max_tokens", b"max_tokens", "omit_deltas", b"omit_deltas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "inputs", b"inputs", "max_tokens", b"max_tokens", "omit_deltas", b"omit_deltas", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015

@@ -17,7 +17,7 @@ from tte_jax.cli.output import Output
 from tte_jax.cli.search import query_content
 from tte_jax.content import Budget, Side
 from tte_jax.errors import InvalidInputError
-from tte_jax.stages import EmbedItem, ReasonItem
+from tte_jax.stages import EmbedItem, ReasonItem, Sampling
 
 _Text = Annotated[list[str] | None, typer.Argument(help="The text; with --image, the change.")]
 _SideOption = Annotated[
@@ -41,6 +41,16 @@ def reason(
     max_tokens: Annotated[
         int, typer.Option(min=1, max=limits.MAX_NEW_TOKENS, help="Hard limit of new tokens.")
     ] = Budget.reasoning_tokens,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=limits.MAX_TEMPERATURE, help="Of the draw; 0 = greedy.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Draw among the tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal texts.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text to end before; several are possible.")
+    ] = None,
     instruction: options.Instruction = "",
     timeout: options.Timeout = 30.0,
     address: Annotated[str, _service("reasoner")] = "",
@@ -50,10 +60,13 @@ def reason(
     out = Output(json=json)
     content = query_content(" ".join(text or []), [read_image(path) for path in image or []])
     item = ReasonItem(content=content, side=side, instruction=instruction)
+    sampling = Sampling(temperature, top_p, seed, tuple(stop or ()))
     (ecr,), usage = ask(
         "reasoner",
         address,
-        lambda stage: stage.reason([item], max_tokens=max_tokens, timeout_s=timeout),
+        lambda stage: stage.reason(
+            [item], max_tokens=max_tokens, timeout_s=timeout, sampling=sampling
+        ),
     )
     out.show(escape(ecr.think))
     out.show(f"[bold]{escape(ecr.answer)}[/]")

@@ -30,11 +30,13 @@ from tte_jax.errors import InternalError, InvalidInputError, UnavailableError
 from tte_jax.filters import Filter
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_DELETE_IDS
 from tte_jax.stages import (
+    GREEDY,
     EmbedItem,
     Hit,
     IndexEntry,
     Promoted,
     ReasonItem,
+    Sampling,
     StagedVector,
     StoredVersions,
 )
@@ -77,12 +79,18 @@ class RemoteReasoner(_Remote):
         self._stub = reasoner_pb2_grpc.ReasonerServiceStub(self.channel)
 
     async def reason(
-        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+        self,
+        items: Sequence[ReasonItem],
+        *,
+        max_tokens: int,
+        timeout_s: float | None = None,
+        sampling: Sampling = GREEDY,
     ) -> tuple[list[Reasoning], Usage]:
         request = reasoner_pb2.ReasonRequest(
             inputs=[codec.encode_reason_item(item) for item in items],
             max_tokens=max_tokens,
             omit_deltas=True,
+            sampling=codec.encode_sampling(sampling),
         )
         attempts = Attempts(timeout_s)
         while True:

@@ -30,10 +30,12 @@ from tte_jax.codec.stages import (
     decode_budget,
     decode_embed_item,
     decode_reason_item,
+    decode_sampling,
     decode_usage,
     encode_budget,
     encode_embed_item,
     encode_reason_item,
+    encode_sampling,
     encode_usage,
 )
 
@@ -50,6 +52,7 @@ __all__ = [
     "decode_metadata",
     "decode_reason_item",
     "decode_reasoning",
+    "decode_sampling",
     "decode_usage",
     "decode_vector",
     "encode_budget",
@@ -62,6 +65,7 @@ __all__ = [
     "encode_metadata",
     "encode_reason_item",
     "encode_reasoning",
+    "encode_sampling",
     "encode_usage",
     "encode_vector",
     "text_only",

@@ -9,7 +9,7 @@ from tte_jax import limits
 from tte_jax.codec.contents import check_text, decode_content, encode_content
 from tte_jax.content import Budget, Side, Task, Usage
 from tte_jax.errors import InvalidInputError
-from tte_jax.stages import EmbedItem, ReasonItem
+from tte_jax.stages import EmbedItem, ReasonItem, Sampling
 
 _SIDES = {content_pb2.SIDE_QUERY: Side.QUERY, content_pb2.SIDE_DOCUMENT: Side.DOCUMENT}
 _TASKS = {
@@ -47,6 +47,25 @@ def encode_reason_item(item: ReasonItem) -> reasoner_pb2.ReasonInput:
             )
         )
     return message
+
+
+def encode_sampling(sampling: Sampling) -> reasoner_pb2.Sampling:
+    return reasoner_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed & 0xFFFFFFFF,
+        stop=sampling.stop,
+    )
+
+
+def decode_sampling(message: reasoner_pb2.Sampling) -> Sampling:
+    """Raises InvalidInputError, as `Sampling`."""
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        seed=message.seed,
+        stop=tuple(message.stop),
+    )
 
 
 def decode_reason_item(message: reasoner_pb2.ReasonInput, at: str) -> ReasonItem:

@@ -26,6 +26,7 @@ from tte_jax.engine.buckets import Buckets, plan_batches
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
 from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
+from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import DeadlineExceededError, InternalError, TteError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
@@ -47,6 +48,7 @@ class Job:
       max_tokens: new tokens, forced ones included; never exceeded.
       close_at: how many tokens may pass before an open think block is closed by force.
       background: waits behind queries; see `Entry`.
+      stop: texts that end the sequence; looked for once a dispatch.
       temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
       on_tokens: called on the device thread with each dispatch's new ids and whether they are the
         last; must not block.
@@ -59,6 +61,7 @@ class Job:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: StopTexts | None = None
     on_tokens: Callable[[list[int], bool], None] | None = None
 
 
@@ -377,6 +380,8 @@ class DecodeLoop:
                 ),
             )
             return
+        if not done and occupant.job.stop is not None:
+            done = occupant.job.stop.reached(occupant.tokens)
         if new and occupant.job.on_tokens is not None and not entry.dead:
             try:
                 occupant.job.on_tokens(new, done)
