@@ -113,7 +113,22 @@ def quantisation(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
+def parity(result: Mapping[str, Any]) -> str:
+    """Largest deviation of fp32 logits from the reference, family by case."""
+    found, limit = result["largest_deviation_of_logits"], result["limit"]
+    cases = list(next(iter(found.values())))
+    rows = [[f"`{family}`", *(_deviation(row[case], limit) for case in cases)]
+            for family, row in found.items()]  # fmt: skip
+    about = result["versions"]
+    return table(["family", *cases], rows) + (
+        f"\n`{result['command']}`, {result['date']}, commit {result['commit']}, against"
+        f" transformers {about['transformers']} with torch {result['reference']['torch']};"
+        f" limit {limit:g}.\n"
+    )
+
+
 MEASURED = {
+    "parity": Measured("parity.json", "make parity", parity),
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
     "engine": Measured("engine.json", "make bench-engine", engine),
@@ -193,6 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pair(spread: Mapping[str, float]) -> str:
     return f"{spread['p50_ms']:.0f} / {spread['p95_ms']:.0f}"
+
+
+def _deviation(value: float | None, limit: float) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1e}" if value <= limit else f"**{value:.1e}**"
 
 
 def _turns(ms: Mapping[str, float]) -> str:

@@ -16,6 +16,8 @@ from tte.v1 import model_pb2
 from tte_jax.builtin import models
 from tte_jax.engine.executables import compile_cache_hits, enable_compile_cache
 from tte_jax.engine.role import Role
+from tte_jax.plan import unsplit
+from tte_jax.sharding import make_mesh, parse_mesh
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,23 @@ async def open_role(kind: type[R], settings: Settings, model: str, builtin: str)
     """Opens a role's model directory off the event loop; `model` empty = the built-in one.
 
     Raises:
+      InvalidInputError: a mesh that is not understood or has not as many devices as there are.
       NotFoundError, PreconditionError: as `engine.served_model.open_model`.
     """
     enable_compile_cache(settings.compile_cache_dir)
     directory = models.resolve(model or builtin)
-    return await asyncio.to_thread(kind.from_pretrained, directory, dtype=settings.dtype)
+    mesh = make_mesh(**parse_mesh(settings.mesh)) if settings.mesh else None
+    role = await asyncio.to_thread(
+        kind.from_pretrained,
+        directory,
+        dtype=settings.dtype,
+        mesh=mesh,
+        quantise=settings.quantise or None,
+    )
+    if mesh is not None:
+        for note in unsplit(role.served.config, mesh):
+            log.warning("%s: not split: %s; every device holds it", role.served.name, note)
+    return role
 
 
 def model_service(
@@ -86,7 +100,7 @@ def model_info(role: Role, *, dimension: int = 0) -> model_pb2.ModelInfo:
         model_version=role.version,
         architecture=role.served.config.model_type,
         device=jax.devices()[0].device_kind,
-        dtype=role.served.dtype,
+        dtype=", ".join(filter(None, (role.served.dtype, role.served.quantise))),
         max_sequence_tokens=role.max_sequence_tokens,
         accepts_media=role.accepts_media,
         dimension=dimension,

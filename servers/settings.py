@@ -49,6 +49,8 @@ class Settings:
     embedder_model: str = _setting("", "model directory")
     reranker_model: str = _setting("", "model directory")
     dtype: str = _setting("float32", "precision of the models: float32 or bfloat16")
+    quantise: str = _setting("", "int8 = matrices of linear layers as int8; empty = as dtype says")
+    mesh: str = _setting("", "devices of a model service, as in fsdp=2,tp=2; empty = one device")
 
     reasoner_address: str = _setting("", "where the gateway finds it; empty = the usual port")
     embedder_address: str = _setting("", "where the gateway finds it; empty = the usual port")

@@ -69,8 +69,28 @@ VISION: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": {
         "depth": 2,
+        "patch_size": 16,
         "num_position_embeddings": 9,
         "deepstack_visual_indexes": [0],
+    },
+}
+# As released: the older family by its own type, the newer one with the frequencies taking turns.
+ROPE: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "qwen3_vl": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
+}
+# Image processors as the authors' directories have them.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56},
+    "qwen2_5_vl": {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56},
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
     },
 }
 
@@ -146,11 +166,9 @@ def write_model(
                 "hidden_size": 64,
             },
         }
-        processor = {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56}
-        (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     if family in VISION:
         config |= {
-            "text_config": text | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+            "text_config": text | {"rope_scaling": ROPE[family]},
             "image_token_id": bpe.token_to_id("<|image_pad|>"),
             "video_token_id": bpe.token_to_id("<|video_pad|>"),
             "vision_start_token_id": bpe.token_to_id("<|vision_start|>"),
@@ -166,8 +184,9 @@ def write_model(
                 **VISION[family],
             },
         }
-        processor = {"patch_size": 14, "min_pixels": 28 * 28, "max_pixels": 56 * 56}
-        (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    if family in PROCESSORS:
+        processor = json.dumps(PROCESSORS[family])
+        (directory / "preprocessor_config.json").write_text(processor)
     (directory / "config.json").write_text(json.dumps(config))
     spec = {"format": 1, "prompts": "mini", "role": roles, "name": f"tiny-{family}"}
     spec["buckets"] = {**BUCKETS, **(buckets or {})}

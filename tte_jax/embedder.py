@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,18 +65,17 @@ class Embedder(Role):
                 self.table, config.vision, buckets.images, cache_bytes=vision_cache_bytes
             )
         self._batcher: Batcher | None = None
+        lay, vision = served.layout, self.vision is not None
         for rows, tokens in self._shapes:
-            vision = self.vision is not None
-            table = (rows * tokens, config.feature_size)
             self.table.add(
                 "embed",
                 (rows, tokens),
                 programs.embed,
-                jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-                jax.ShapeDtypeStruct((rows, 3, tokens), jnp.int32),
-                jax.ShapeDtypeStruct((rows,), jnp.int32),
-                jax.ShapeDtypeStruct(table, self._dtype) if vision else None,
-                jax.ShapeDtypeStruct((rows, tokens), jnp.int32) if vision else None,
+                lay.rows(jnp.int32, rows, tokens),
+                lay.rows(jnp.int32, rows, 3, tokens),
+                lay.rows(jnp.int32, rows),
+                lay.whole(self._dtype, rows * tokens, config.feature_size) if vision else None,
+                lay.rows(jnp.int32, rows, tokens) if vision else None,
             )
 
     @property

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tte_jax.content import Reasoning, Usage
+from tte_jax.content import Content, Reasoning, Usage
 from tte_jax.embedder import Embedder
 from tte_jax.engine.role import Role
 from tte_jax.errors import DeadlineExceededError
@@ -156,8 +156,8 @@ class LocalReranker:
 
     async def rerank(
         self,
-        query: str,
-        candidates: Sequence[str],
+        query: str | Content,
+        candidates: Sequence[str | Content],
         *,
         instruction: str = "",
         timeout_s: float | None = None,

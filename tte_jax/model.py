@@ -7,7 +7,10 @@ The entry for parity checks and for reading a model by hand. Serving goes throug
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tte_jax import sharding
-from tte_jax.errors import InvalidInputError, UnsupportedError
+from tte_jax.errors import InvalidInputError
 from tte_jax.models.config import DeepStackVisionConfig, ModelConfig, WindowedVisionConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
+from tte_jax.nn.linear import explicit_spec, gathered
 from tte_jax.preprocess.patches import Grid
 from tte_jax.preprocess.positions import media_order, mrope_positions, text_positions
 from tte_jax.preprocess.vision_plan import plan_vision
@@ -135,12 +139,11 @@ class Model:
             video_grid_thw,
             second_per_grid_ts,
         )
-        if self.mesh is None:
-            logits, hidden, _ = _forward(self.module, *inputs.arrays)
-            return ModelOutput(np.asarray(logits), np.asarray(hidden))
-        with jax.set_mesh(self.mesh):
+        with self._on_mesh():
             logits, hidden, _ = _forward(self.module, *self._place_batch(inputs.arrays))
-            return ModelOutput(np.asarray(_whole(logits)), np.asarray(_whole(hidden)))
+            if self.mesh is not None:
+                logits, hidden = _whole(logits), _whole(hidden)
+            return ModelOutput(np.asarray(logits), np.asarray(hidden))
 
     def generate(
         self,
@@ -165,17 +168,10 @@ class Model:
           pad_token_id: fills rows that stopped early; None = the model's own, else its first eos.
 
         Returns:
-          [B, T + new] ids: the prompt followed by the continuation.
-
-        Raises:
-          UnsupportedError: the model is on a mesh.
+          [B, T + new] ids: the prompt followed by the continuation. On a mesh the prompts are read
+          in parts of the batch; then every device decodes all rows, with its part of the heads.
         """
         del ignored
-        if self.mesh is not None:
-            raise UnsupportedError(
-                "generate() runs on one device; load the model without a mesh.",
-                reason="MESH_UNSUPPORTED",
-            )
         if max_new_tokens < 1:
             raise InvalidInputError(
                 f"max_new_tokens must be at least 1, got {max_new_tokens}.", field="max_new_tokens"
@@ -192,36 +188,49 @@ class Model:
         )
         stops = self._stops(eos_token_id)
         pad = next(p for p in (pad_token_id, self.config.pad_token_id, *stops, 0) if p is not None)
-        _, hidden, (k, v) = _forward(self.module, *inputs.arrays)
-        # The cache holds the prompt without its padding, so that places are positions again.
         batch, length = ids.shape
-        real = inputs.valid.sum(1)
-        order = np.argsort(~inputs.valid, axis=1, kind="stable")
-        room = length + max_new_tokens
-        k, v = (_compact(x, jnp.asarray(order), room) for x in (k, v))
-        last = np.array([np.flatnonzero(row)[-1] for row in inputs.valid])
-        logits = _head(self.module, hidden[np.arange(batch), last])
-        lengths, positions = jnp.asarray(real, jnp.int32), jnp.asarray(inputs.next_position)
+        # The cache holds the prompt without its padding, so that places are positions again.
+        order = np.argsort(~inputs.valid, axis=1, kind="stable").astype(np.int32)
+        last = np.array([np.flatnonzero(row)[-1] for row in inputs.valid], np.int32)
         done = np.zeros(batch, bool)
         out: list[np.ndarray] = []
-        while True:
-            token = np.where(done, pad, np.asarray(logits.argmax(-1))).astype(np.int32)
-            out.append(token)
-            done |= np.isin(token, stops)
-            if done.all() or len(out) == max_new_tokens:
-                return np.concatenate([ids, np.stack(out, axis=1)], axis=1)
-            logits, k, v = _decode(self.module, k, v, lengths, positions, jnp.asarray(token))
-            lengths, positions = lengths + 1, positions + 1
+        with self._on_mesh():
+            _, hidden, (k, v) = _forward(self.module, *self._place_batch(inputs.arrays))
+            lengths, positions, order, last = self._place_whole(
+                (inputs.valid.sum(1, dtype=np.int32), inputs.next_position, order, last)
+            )
+            best = _head(self.module, hidden, last)
+            k, v = (_compact(x, order, room=length + max_new_tokens) for x in (k, v))
+            while True:
+                token = np.where(done, pad, np.asarray(best)).astype(np.int32)
+                out.append(token)
+                done |= np.isin(token, stops)
+                if done.all() or len(out) == max_new_tokens:
+                    return np.concatenate([ids, np.stack(out, axis=1)], axis=1)
+                token = self._place_whole(token)
+                best, k, v, lengths, positions = _decode(
+                    self.module, k, v, lengths, positions, token
+                )
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _place_batch(self, arrays: tuple[Any, ...]) -> Any:
         """Every array split by its rows; each process puts down only its own devices' part."""
+        return self._put(arrays, lambda x, mesh: sharding.batch_spec(len(x), mesh, self.rules))
+
+    def _place_whole(self, arrays: Any) -> Any:
+        """Every array on all devices."""
+        return self._put(arrays, lambda x, mesh: PartitionSpec())
+
+    def _put(self, arrays: Any, spec: Callable[[np.ndarray, Mesh], PartitionSpec]) -> Any:
         mesh = self.mesh
-        assert mesh is not None
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, arrays)
 
         def put(x: np.ndarray) -> jax.Array:
-            spec = sharding.batch_spec(x.shape[0], mesh, self.rules)
             return jax.make_array_from_callback(
-                x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+                x.shape, NamedSharding(mesh, spec(x, mesh)), lambda index: x[index]
             )
 
         return jax.tree.map(put, arrays)
@@ -410,16 +419,21 @@ def _forward(
 @jax.jit
 def _whole(x: jax.Array) -> jax.Array:
     """On every device of the mesh, so that any process can read it."""
-    return jax.sharding.reshard(x, PartitionSpec())
+    return gathered(x)
 
 
 @jax.jit
-def _head(module: MultimodalLM, hidden: jax.Array) -> jax.Array:
-    return module.logits(hidden)
+def _head(module: MultimodalLM, hidden: jax.Array, last: jax.Array) -> jax.Array:
+    """The best next token at place `last` of each row."""
+    hidden = gathered(hidden)
+    return gathered(module.logits(hidden[jnp.arange(len(last)), last])).argmax(-1)
 
 
-def _compact(x: jax.Array, order: jax.Array, room: int) -> jax.Array:
-    """[L B T K H] → [L B room K H], each row's real places first."""
+@partial(jax.jit, static_argnames="room")
+def _compact(x: jax.Array, order: jax.Array, *, room: int) -> jax.Array:
+    """[L B T K H] → [L B room K H], each row's real places first; all rows on every device."""
+    if (split := explicit_spec(x)) is not None:
+        x = jax.sharding.reshard(x, PartitionSpec(None, None, None, split[3], None))
     x = jnp.take_along_axis(x, order[None, :, :, None, None], axis=2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0), (0, 0)))
 
@@ -432,7 +446,8 @@ def _decode(
     lengths: jax.Array,
     positions: jax.Array,
     token: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Reads `token`; the next one of each row, and the cache with its new lengths and positions."""
     batch = token.shape[0]
     hidden, (new_k, new_v) = module.forward(
         token[:, None],
@@ -443,4 +458,5 @@ def _decode(
     rows = jnp.arange(batch)
     k = k.at[:, rows, lengths].set(new_k[:, :, 0])
     v = v.at[:, rows, lengths].set(new_v[:, :, 0])
-    return module.logits(hidden[:, 0]), k, v
+    best = gathered(module.logits(hidden[:, 0])).argmax(-1)
+    return best, k, v, lengths + 1, positions + 1

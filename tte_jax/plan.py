@@ -97,6 +97,15 @@ def placed_parameters(
     return out
 
 
+def unsplit(config: ModelConfig, mesh: AnyMesh, rules: Rules | None = None) -> tuple[str, ...]:
+    """What the mesh does not divide and every device of an axis holds whole: "K=2 over tp=4"."""
+    return _whole(placed_parameters(config, mesh, rules=rules))
+
+
+def _whole(placed: list[Parameter]) -> tuple[str, ...]:
+    return tuple(sorted({note for p in placed for note in p.placed.whole}))
+
+
 def dump(parameters: list[Parameter]) -> str:
     """The placements as text, one parameter a line, for golden files and for reading."""
     rows = [
@@ -140,7 +149,7 @@ def plan(
     """
     mesh = abstract_mesh(**sizes)
     placed = placed_parameters(config, mesh, dtype=dtype, rules=rules)
-    whole = tuple(sorted({note for p in placed for note in p.placed.whole}))
+    whole = _whole(placed)
     if wasted := [note for note in whole if not note.startswith("K=")]:
         c = config.text
         raise InvalidInputError(

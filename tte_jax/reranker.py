@@ -1,5 +1,6 @@
 """The reranker: P(yes) that a candidate's text answers a query's text (ECRR).
 
+A model whose published format has a place for media (Qwen3-VL-Reranker) also reads contents.
 Instruction and query stand first and are the same for all candidates of a query: they are read
 once, and every candidate attends to the same keys and values.
 """
@@ -13,18 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tte_jax.content import Usage
+from tte_jax.content import Content, Usage
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
 from tte_jax.engine.buckets import cheapest, longest, smallest
 from tte_jax.engine.cache import ByteLru
-from tte_jax.engine.inputs import ModelInput, model_input, pad_rows
+from tte_jax.engine.inputs import ModelInput, model_input, pad_rows, place_features
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
+from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InternalError
 from tte_jax.models.text import KVCache
 
@@ -50,7 +51,7 @@ class Scored:
 
 
 class Reranker(Role):
-    """Pointwise yes/no over texts, with the query's keys and values shared and cached."""
+    """Pointwise yes/no, with the query's keys and values shared and cached."""
 
     name = "reranker"
     stage = "rerank"
@@ -62,12 +63,18 @@ class Reranker(Role):
         *,
         queue: RequestQueue | None = None,
         prefix_cache_bytes: int = 64 * 2**20,
+        vision_cache_bytes: int = 256 * 2**20,
     ) -> None:
         super().__init__(served, queue=queue)
         c, b = served.config.text, served.buckets
         self._prefixes, self._shapes = b.prefix, b.score
         self._batcher: Batcher | None = None
-        dtype = served.model.text.norm_d[...].dtype
+        dtype = self._dtype = np.dtype(served.model.text.norm_d[...].dtype)
+        self.vision = None
+        if served.config.vision is not None:
+            self.vision = VisionEncoder(
+                self.table, served.config.vision, b.images, cache_bytes=vision_cache_bytes
+            )
         # A large model's prefix alone can be above the bound, and a request of several batches
         # needs its own until its end.
         largest = 2 * c.layers * max(self._prefixes) * c.kv_heads * c.head_dim
@@ -77,46 +84,66 @@ class Reranker(Role):
         )
         score = partial(programs.score, yes_id=served.prompts.yes_id, no_id=served.prompts.no_id)
 
-        def ints(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
-
+        lay, vision, width = served.layout, self.vision is not None, served.config.feature_size
         for length in self._prefixes:
             self.table.add(
-                "prefix", length, programs.prefix, ints(1, length), ints(1, 3, length), ints(1)
+                "prefix",
+                length,
+                programs.prefix,
+                lay.whole(jnp.int32, 1, length),
+                lay.whole(jnp.int32, 1, 3, length),
+                lay.whole(jnp.int32, 1),
+                lay.whole(dtype, length, width) if vision else None,
+                lay.whole(jnp.int32, 1, length) if vision else None,
             )
-            shape = (c.layers, 1, length, c.kv_heads, c.head_dim)
-            before = jax.eval_shape(partial(_empty_prefix, shape, dtype))
+            cache = lay.cache(c, dtype, 1, length)
+            before = KVCache(k=cache, v=cache, length=lay.whole(jnp.int32, 1))
             for rows, tokens in self._shapes:
                 self.table.add(
                     "score",
                     (rows, tokens, length),
                     score,
                     before,
-                    ints(rows, tokens),
-                    ints(rows, 3, tokens),
-                    ints(rows),
+                    lay.rows(jnp.int32, rows, tokens),
+                    lay.rows(jnp.int32, rows, 3, tokens),
+                    lay.rows(jnp.int32, rows),
+                    lay.whole(dtype, rows * tokens, width) if vision else None,
+                    lay.rows(jnp.int32, rows, tokens) if vision else None,
                 )
 
     @property
     def max_sequence_tokens(self) -> int:
         return max(self._prefixes) + longest(self._shapes)
 
-    def score(self, query: str, candidates: Sequence[str], instruction: str = "") -> np.ndarray:
+    @property
+    def accepts_media(self) -> bool:
+        return super().accepts_media and self.served.prompts.rerank_media
+
+    def score(
+        self,
+        query: str | Content,
+        candidates: Sequence[str | Content],
+        instruction: str = "",
+    ) -> np.ndarray:
         """[N] float32 P(yes) in [0, 1], in the candidates' order. Blocking.
 
         Args:
-          query: text or ECR text; tags are removed.
-          candidates: texts or ECR texts.
+          query: text or ECR text, whose tags are removed; a content where `accepts_media`.
+          candidates: likewise.
           instruction: what counts as an answer; empty = the model's own.
 
         Raises:
-          InvalidInputError: an empty query, or a text too long; `field` names which.
+          InvalidInputError: an empty query, or one too long; `field` names which.
+          UnsupportedError: media for a reranker of texts.
           InternalError: the model made NaN, or failed.
         """
         return self.run(query, candidates, instruction)[0]
 
     def run(
-        self, query: str, candidates: Sequence[str], instruction: str = ""
+        self,
+        query: str | Content,
+        candidates: Sequence[str | Content],
+        instruction: str = "",
     ) -> tuple[np.ndarray, Usage]:
         """`score` with what it cost."""
         self.warmup()
@@ -132,28 +159,36 @@ class Reranker(Role):
         return self.collect(results(futures))
 
     def prepare(
-        self, query: str, candidates: Sequence[str], instruction: str = "", *, offset: int = 0
+        self,
+        query: str | Content,
+        candidates: Sequence[str | Content],
+        instruction: str = "",
+        *,
+        offset: int = 0,
     ) -> list[ScoreJob]:
-        """Tokenises a query and its candidates; host work for a pool thread.
+        """Decodes and tokenises a query and its candidates; host work for a pool thread.
 
-        Raises:
-          InvalidInputError: an empty query, or a text above this model's limits.
+        Raises: as `score`.
         """
         prompts, config = self.served.prompts, self.served.config
         prefix = model_input(prompts.rerank_prefix(query, instruction), config)
         smallest(prefix.tokens, self._prefixes, what="the query", field="query")
-        key = prefix.ids.tobytes()
+        self._check_images(prefix, "query")
+        key = b"".join([prefix.ids.tobytes(), *(i.key.encode() for i in prefix.images)])
         jobs = []
-        for index, text in enumerate(candidates, start=offset):
-            suffix = model_input(prompts.rerank_suffix(text), config, start=prefix.next_pos)
-            smallest(
-                suffix.tokens,
-                (t for _, t in self._shapes),
-                what="the candidate",
-                field=f"candidates[{index}]",
+        for index, candidate in enumerate(candidates, start=offset):
+            field = f"candidates[{index}]"
+            suffix = model_input(
+                prompts.rerank_suffix(candidate, field=field), config, start=prefix.next_pos
             )
+            smallest(suffix.tokens, (t for _, t in self._shapes), what="the candidate", field=field)
+            self._check_images(suffix, field)
             jobs.append(ScoreJob(prefix, suffix, key))
         return jobs
+
+    def _check_images(self, one: ModelInput, field: str) -> None:
+        if self.vision is not None:
+            self.vision.check(one.images, field=field)
 
     def submit(
         self,
@@ -210,11 +245,9 @@ class Reranker(Role):
         if rows < len(jobs):
             return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
         before, was_cached = self._prefix(jobs[0])
-        ids, positions, n = pad_rows([j.suffix for j in jobs], (rows, tokens))
+        arguments = self._arguments([j.suffix for j in jobs], (rows, tokens))
         length = before.k.shape[2]
-        scores = np.asarray(
-            self.table.run("score", (rows, tokens, length), before, ids, positions, n)
-        )
+        scores = np.asarray(self.table.run("score", (rows, tokens, length), before, *arguments))
         spent = time.monotonic() - start
         out: list[Any] = []
         for row, (entry, job) in enumerate(zip(entries, jobs, strict=True)):
@@ -240,10 +273,21 @@ class Reranker(Role):
         if found is not None:
             return found, True
         length = smallest(job.prefix.tokens, self._prefixes, what="the query")
-        ids, positions, n = pad_rows([job.prefix], (1, length))
-        made: KVCache = self.table.run("prefix", length, ids, positions, n)
+        made: KVCache = self.table.run(
+            "prefix", length, *self._arguments([job.prefix], (1, length))
+        )
         self.prefix_cache.put(job.prefix_key, made)
         return made, False
+
+    def _arguments(self, inputs: Sequence[ModelInput], shape: tuple[int, int]) -> tuple[Any, ...]:
+        """ids, positions, n and, for a model with a tower, vis and vis_idx; else None for both."""
+        ids, positions, n = pad_rows(inputs, shape)
+        if self.vision is None:
+            return ids, positions, n, None, None
+        features, _ = self.vision.features(i for one in inputs for i in one.images)
+        width = self.served.config.feature_size
+        vis = place_features(inputs, shape, features, width=width, dtype=self._dtype)
+        return ids, positions, n, *vis
 
     def _start(self) -> None:
         self._batcher = Batcher(
@@ -253,8 +297,3 @@ class Reranker(Role):
     def _stop(self) -> None:
         if self._batcher is not None:
             self._batcher.close()
-
-
-def _empty_prefix(shape: tuple[int, ...], dtype: Any) -> KVCache:
-    zeros = jnp.zeros(shape, dtype)
-    return KVCache(k=zeros, v=zeros, length=jnp.zeros((1,), jnp.int32))

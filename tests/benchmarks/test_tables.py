@@ -105,6 +105,15 @@ def test_quantisation_shows_both_precisions(tmp_path: Path) -> None:
     assert f"| m | {cosines} | 48 → 16 | 100.0 → 125.0 |" in text and "batch, ms" in text
 
 
+def test_parity_marks_what_misses_its_limit(tmp_path: Path) -> None:
+    cells = {"text": 5.04e-6, "video": None, "untied": 2e-4}
+    about = {"limit": 1e-4, "reference": {"torch": "2"}, "versions": {"transformers": "5"}}
+    result = ABOUT | about | {"largest_deviation_of_logits": {"qwen3": cells}}
+    (tmp_path / "parity.json").write_text(json.dumps(result))
+    text = tables.render("parity", tmp_path)
+    assert "| `qwen3` | 5.0e-06 | – | **2.0e-04** |" in text and "limit 0.0001" in text
+
+
 def test_quality_shows_what_reasoning_is_worth_and_missing_arms_as_missing(tmp_path: Path) -> None:
     (tmp_path / "builtin_quality.json").write_text(json.dumps(QUALITY))
     text = tables.render("quality-summary", tmp_path)

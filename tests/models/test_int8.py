@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from peft import LoraConfig, get_peft_model
 
 import tte_jax
 from tests.models.conftest import Checkpoint, images_batch, text_batch
 from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.nn.linear import Int8Weight, project, quantise
 from tte_jax.weights import hf
+from tte_jax.weights.convert import convert
 from tte_jax.weights.table import entries
 
 
@@ -111,3 +115,51 @@ def test_int8_is_not_exported(saved: Callable[..., Checkpoint], tmp_path: Path) 
     with pytest.raises(UnsupportedError, match="without quantise"):
         hf.export(model.module, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def assert_equal_weights(one: tte_jax.Model, other: tte_jax.Model) -> None:
+    ours, theirs = jax.tree.leaves(one.module), jax.tree.leaves(other.module)
+    assert any(w.dtype == jnp.int8 for w in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3"])
+def test_an_orbax_checkpoint_is_rounded_as_its_source(
+    saved: Callable[..., Checkpoint], tmp_path: Path, family: str
+) -> None:
+    source = saved(family, tied=False).path
+    convert(source, tmp_path / "orbax")
+    ours = tte_jax.load_model(tmp_path / "orbax", quantise="int8")
+    assert_equal_weights(ours, tte_jax.load_model(source, quantise="int8"))
+    with pytest.raises(InvalidInputError, match="'int4'.*int8"):
+        tte_jax.load_model(tmp_path / "orbax", quantise="int4")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_merged_before_the_rounding(
+    saved: Callable[..., Checkpoint], tmp_path: Path, dora: bool
+) -> None:
+    base = saved("qwen3", tied=False)
+    settings = LoraConfig(
+        r=4, lora_alpha=8, use_dora=dora, target_modules=["q_proj", "down_proj", "lm_head"]
+    )
+    tuned = get_peft_model(type(base.model).from_pretrained(base.path), settings)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged = tte_jax.load_model(base.path, adapter=tmp_path / "adapter")
+    shutil.copytree(base.path, tmp_path / "merged")
+    hf.export(merged.module, tmp_path / "merged")
+    ours = tte_jax.load_model(base.path, adapter=tmp_path / "adapter", quantise="int8")
+    assert_equal_weights(ours, tte_jax.load_model(tmp_path / "merged", quantise="int8"))
+    batch = text_batch("right")
+    real = batch["attention_mask"] > 0
+    with torch.no_grad():
+        expected = tuned(**{k: torch.from_numpy(v) for k, v in batch.items()}).logits.numpy()
+    plain = tte_jax.load_model(base.path, quantise="int8")(**batch).logits
+    moved, rounding = np.abs(expected - plain)[real], np.abs(ours(**batch).logits - expected)[real]
+    assert rounding.mean() < 0.1 * moved.mean(), "closer to PEFT's answers than without the adapter"

@@ -22,8 +22,10 @@ TIMEOUT_S = 280
 POLL_S = 0.1
 
 
-def start(order: dict[str, Any], folder: Path, *, devices: int) -> subprocess.Popen[bytes]:
-    """Starts a child with `devices` host devices on an order; see `main` for its fields."""
+def start(
+    order: dict[str, Any], folder: Path, *, devices: int, module: str = "tests.sharding.runs"
+) -> subprocess.Popen[bytes]:
+    """Starts a child with `devices` host devices on an order; see the module's `main`."""
     path = folder / f"order_{order.get('process', 0)}.json"
     path.write_text(json.dumps(order))
     env = os.environ | {
@@ -31,7 +33,7 @@ def start(order: dict[str, Any], folder: Path, *, devices: int) -> subprocess.Po
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "tests.sharding.runs", str(path)]
+    command = [sys.executable, "-m", module, str(path)]
     # To a file: a pipe that nobody reads would stop a child that says much.
     with path.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -106,7 +108,8 @@ def main(order: dict[str, Any]) -> None:
     """Order: {"model", "batch" (npz), "meshes", "out" (folder)} and, for a job of several
     processes, {"process", "processes", "port"}; "quantise" as `load_model` takes it.
 
-    Writes for mesh 0, 1, … and this process `{mesh}_{process}.npz` (logits, hidden) and `.json`:
+    Writes for mesh 0, 1, … and this process `{mesh}_{process}.npz` (logits, hidden and, where the
+    order says how many "new_tokens", the prompts with their greedy continuation) and `.json`:
     "parameters" (path → sharding and bytes), "read" (bytes that came out of files) and "held"
     (bytes of the different parts of parameters on this process's devices).
     """
@@ -136,7 +139,10 @@ def main(order: dict[str, Any]) -> None:
         }
         out = model(**batch)
         where = Path(order["out"]) / f"{number}_{order.get('process', 0)}"
-        np.savez(where.with_suffix(".npz"), logits=out.logits, hidden=out.last_hidden_state)
+        arrays = {"logits": out.logits, "hidden": out.last_hidden_state}
+        if new := order.get("new_tokens"):
+            arrays["tokens"] = model.generate(**batch, max_new_tokens=new)
+        np.savez(where.with_suffix(".npz"), **arrays)
         where.with_suffix(".json").write_text(json.dumps(about))
 
 

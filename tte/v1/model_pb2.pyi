@@ -44,7 +44,9 @@ class ModelInfo(_message.Message):
     device: _builtins.str
     """Where it runs and in which precision, e.g. `cpu` / `float32`."""
     dtype: _builtins.str
-    """Precision of the weights as they are computed with, e.g. `bfloat16`."""
+    """Precision of the weights as they are computed with, e.g. `bfloat16`; with int8 matrices
+    `bfloat16, int8`.
+    """
     max_sequence_tokens: _builtins.int
     """Longest sequence in tokens, vision tokens included. Longer input is INVALID_ARGUMENT."""
     accepts_media: _builtins.bool

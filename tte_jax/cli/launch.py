@@ -18,6 +18,8 @@ from tte_jax.cli import corpus, inspection
 from tte_jax.cli.output import Output
 from tte_jax.client import Client
 from tte_jax.errors import InvalidInputError, PreconditionError, UnavailableError
+from tte_jax.sharding import parse_mesh
+from tte_jax.weights.hf import QUANTISATIONS
 
 POLL_S = 0.25
 # Two waves of services drain one after the other, each in its grace.
@@ -159,6 +161,21 @@ def model_flags(given: Sequence[str] | None) -> list[str]:
                 field="--models",
             )
     return [f"--{role}-model={models.resolve(m).absolute()}" for role, m in chosen.items()]
+
+
+def placement_flags(quantise: str, mesh: str) -> list[str]:
+    """`--quantise` and `--mesh` as flags of the services, none where they are empty.
+
+    Raises InvalidInputError for values that no service would take.
+    """
+    if quantise not in ("", *QUANTISATIONS):
+        raise InvalidInputError(
+            f"--quantise {quantise!r}: expected {' or '.join(QUANTISATIONS)}, or nothing.",
+            field="--quantise",
+        )
+    parse_mesh(mesh)
+    given = {"quantise": quantise, "mesh": mesh}
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def _wait(

@@ -85,3 +85,19 @@ Models = Annotated[
         show_default=False,
     ),
 ]
+Mesh = Annotated[
+    str,
+    typer.Option(
+        envvar="TTE_MESH",
+        help="Devices of each model service, as in `tte plan`: fsdp=2,tp=2. Default: one device.",
+        show_default=False,
+    ),
+]
+Quantise = Annotated[
+    str,
+    typer.Option(
+        envvar="TTE_QUANTISE",
+        help="int8: hold the matrices of linear layers as integers. Default: as loaded.",
+        show_default=False,
+    ),
+]

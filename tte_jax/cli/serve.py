@@ -29,6 +29,8 @@ def serve(
     ] = None,
     data_dir: options.DataDir = None,
     models: options.Models = None,
+    quantise: options.Quantise = "",
+    mesh: options.Mesh = "",
     corpus_: Annotated[
         bool,
         typer.Option(
@@ -46,7 +48,7 @@ def serve(
     """
     out = Output(json=json)
     folder = state.data_dir(data_dir)
-    flags = launch.model_flags(models)
+    flags = [*launch.model_flags(models), *launch.placement_flags(quantise, mesh)]
     if port is not None:
         flags.append(f"--port={port}")
     if corpus_:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.errors import InternalError, PreconditionError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
 
@@ -102,11 +103,15 @@ class _Program:
 class ExecutableTable:
     """Programs over one model, compiled per key.
 
+    Attributes:
+      layout: where arguments lie; parameters lie as they were loaded.
+
     Parameters are passed as flat leaves: handing a module of hundreds of variables to an
     executable costs more host time than a decode step of a small model takes.
     """
 
-    def __init__(self, model: MultimodalLM) -> None:
+    def __init__(self, model: MultimodalLM, layout: Layout = ONE_DEVICE) -> None:
+        self.layout = layout
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         self._leaves = tuple(leaves)
@@ -137,7 +142,7 @@ class ExecutableTable:
         """Declares `function(model, *arguments)`.
 
         Args:
-          arguments: pytrees of `jax.ShapeDtypeStruct`.
+          arguments: pytrees of `jax.ShapeDtypeStruct`, made by `layout`.
           donate: which of `arguments` (from 0) the program may overwrite.
         """
         self._programs[name, key] = _Program(function, arguments, donate)
@@ -184,7 +189,8 @@ class ExecutableTable:
             raise InternalError(
                 f"no executable {name}{_shape_text(key)}: it was not compiled at warm-up"
             ) from None
-        return compiled(self._leaves, *arguments)
+        placed = self.layout.put(arguments, self._programs[name, key].arguments)
+        return compiled(self._leaves, *placed)
 
     def _compile(self, program: _Program) -> jax.stages.Compiled:
         def call(flat: tuple[Any, ...], *arguments: Any) -> Any:
@@ -195,7 +201,9 @@ class ExecutableTable:
         shapes = tuple(
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves
         )
-        return jax.jit(call, donate_argnums=donate).lower(shapes, *program.arguments).compile()
+        with self.layout.tracing():  # of this thread alone
+            lowered = jax.jit(call, donate_argnums=donate).lower(shapes, *program.arguments)
+        return lowered.compile()
 
 
 def _shape_text(key: Hashable) -> str:

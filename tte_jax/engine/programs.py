@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
+from tte_jax.nn.linear import explicit_spec, gathered
 
 NO_TOKEN = -1
 
@@ -117,10 +120,17 @@ def embed(
 
 
 def prefix(
-    model: MultimodalLM, ids: Int[Array, "1 S"], positions: Int[Array, "1 3 S"], n: Int[Array, " B"]
+    model: MultimodalLM,
+    ids: Int[Array, "1 S"],
+    positions: Int[Array, "1 3 S"],
+    n: Int[Array, " B"],
+    vis: Float[Array, "V D"] | None = None,
+    vis_idx: Int[Array, "1 S"] | None = None,
 ) -> KVCache:
     """Keys and values of a shared prefix, computed once for all candidates."""
-    _, (k, v) = model.forward(ids, valid=_valid(ids, n), positions=positions)
+    _, (k, v) = model.forward(
+        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
+    )
     return KVCache(k=k, v=v, length=n)
 
 
@@ -130,15 +140,18 @@ def score(
     ids: Int[Array, "N T"],
     positions: Int[Array, "N 3 T"],
     n: Int[Array, " N"],
+    vis: Float[Array, "V D"] | None = None,
+    vis_idx: Int[Array, "N T"] | None = None,
     *,
     yes_id: int,
     no_id: int,
 ) -> Float[Array, " N"]:
     """P(yes) = sigmoid((W_yes - W_no) . h_last): two rows of the output head, not all of it."""
-    hidden, _ = model.forward(ids, valid=_valid(ids, n), positions=positions, prefix=before)
-    head = model.text.head()
-    difference = (head[:, yes_id] - head[:, no_id]).astype(jnp.float32)
-    return jax.nn.sigmoid(_last(hidden, n).astype(jnp.float32) @ difference)
+    hidden, _ = model.forward(
+        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx, prefix=before
+    )
+    yes, no = model.text.head_rows((yes_id, no_id))
+    return jax.nn.sigmoid(_last(hidden, n).astype(jnp.float32) @ (yes - no))
 
 
 def prefill(
@@ -169,12 +182,13 @@ def prefill(
     hidden, (k, v) = model.forward(
         ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
     )
-    token, control = advance(control, model.logits(_last(hidden, n)), stops)
+    token, control = advance(control, gathered(model.logits(_last(hidden, n))), stops)
     tokens = ids.shape[1]
+    k, v = gathered(k, like=state.k), gathered(v, like=state.v)
     state = DecodeState(
         k=state.k.at[:, slots, :tokens].set(k.astype(state.k.dtype), mode="drop"),
         v=state.v.at[:, slots, :tokens].set(v.astype(state.v.dtype), mode="drop"),
-        length=state.length.at[slots].set(n, mode="drop"),
+        length=state.length.at[slots].set(gathered(n), mode="drop"),
         next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
         control=jax.tree.map(
             lambda old, new: old.at[slots].set(new, mode="drop"), state.control, control
@@ -230,7 +244,7 @@ def decode(
             positions=jnp.broadcast_to(s.next_pos[:, None, None], (slots, 3, 1)),
             prefix=KVCache(k=s.k, v=s.v, length=s.length),
         )
-        token, after = advance(c, model.logits(hidden[:, 0]), stops)
+        token, after = advance(c, gathered(model.logits(hidden[:, 0])), stops)
         # A done slot keeps its length, so what is written for it lies beyond its end.
         grown = jnp.where(c.done, 0, 1)
         s = DecodeState(
@@ -252,33 +266,50 @@ def decode(
 
 
 def empty_state(
-    model: MultimodalLM, *, slots: int, length: int, dtype: jnp.dtype | None = None
+    model: MultimodalLM,
+    *,
+    slots: int,
+    length: int,
+    dtype: jnp.dtype | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> DecodeState:
     """All slots free. The cache takes 2 * L * slots * length * K * H values."""
-    c = model.config.text
-    shape = (c.layers, slots, length, c.kv_heads, c.head_dim)
     dtype = dtype or model.text.norm_d[...].dtype
+    cache = layout.cache(model.config.text, dtype, slots, length)
+    place = layout.whole(jnp.int32, slots).sharding
+
     # Distinct arrays: donation refuses one buffer given twice.
+    def full(value: Any, dtype: Any) -> Array:
+        return jnp.full((slots,), value, dtype, device=place)
+
     return DecodeState(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        length=jnp.zeros((slots,), jnp.int32),
-        next_pos=jnp.zeros((slots,), jnp.int32),
+        k=jnp.zeros(cache.shape, dtype, device=cache.sharding),
+        v=jnp.zeros(cache.shape, dtype, device=cache.sharding),
+        length=full(0, jnp.int32),
+        next_pos=full(0, jnp.int32),
         control=Control(
-            last_token=jnp.zeros((slots,), jnp.int32),
-            generated=jnp.zeros((slots,), jnp.int32),
-            limit=jnp.zeros((slots,), jnp.int32),
-            close_at=jnp.zeros((slots,), jnp.int32),
-            forced=jnp.full((slots,), -1, jnp.int32),
-            matched=jnp.zeros((slots,), jnp.int32),
-            closed=jnp.zeros((slots,), bool),
-            done=jnp.ones((slots,), bool),
-            failed=jnp.zeros((slots,), bool),
-            temperature=jnp.zeros((slots,), jnp.float32),
-            top_p=jnp.ones((slots,), jnp.float32),
-            seed=jnp.zeros((slots,), jnp.uint32),
+            last_token=full(0, jnp.int32),
+            generated=full(0, jnp.int32),
+            limit=full(0, jnp.int32),
+            close_at=full(0, jnp.int32),
+            forced=full(-1, jnp.int32),
+            matched=full(0, jnp.int32),
+            closed=full(False, bool),
+            done=full(True, bool),
+            failed=full(False, bool),
+            temperature=full(0.0, jnp.float32),
+            top_p=full(1.0, jnp.float32),
+            seed=full(0, jnp.uint32),
         ),
     )
+
+
+def abstract_state(model: MultimodalLM, *, slots: int, length: int, layout: Layout) -> DecodeState:
+    """Shapes, dtypes and shardings of `empty_state`."""
+    made = jax.eval_shape(lambda: empty_state(model, slots=slots, length=length))
+    cache = layout.cache(model.config.text, made.k.dtype, slots, length)
+    others = jax.tree.map(lambda x: layout.whole(x.dtype, *x.shape), made)
+    return replace(others, k=cache, v=cache)
 
 
 def _valid(ids: Array, n: Array) -> Array:
@@ -286,7 +317,10 @@ def _valid(ids: Array, n: Array) -> Array:
 
 
 def _last(hidden: Array, n: Array) -> Array:
-    return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(n - 1, 0)]
+    rows, last = jnp.arange(hidden.shape[0]), jnp.maximum(n - 1, 0)
+    if (split := explicit_spec(hidden)) is None:
+        return hidden[rows, last]
+    return hidden.at[rows, last].get(out_sharding=PartitionSpec(split[0], None))
 
 
 def _view(state: DecodeState, slots: int, places: int) -> DecodeState:

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
+from jax.sharding import Mesh
+
 from tte_jax.engine.batcher import RequestQueue
 from tte_jax.engine.buckets import Buckets
 from tte_jax.engine.executables import ExecutableTable, Progress, backend_compiles
 from tte_jax.engine.served_model import ServedModel, open_model
 from tte_jax.errors import UnavailableError
+from tte_jax.sharding import Rules
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,7 +50,7 @@ class Role:
 
     def __init__(self, served: ServedModel, *, queue: RequestQueue | None = None) -> None:
         self.served = served
-        self.table = ExecutableTable(served.model)
+        self.table = ExecutableTable(served.model, served.layout)
         if queue is None:
             queue = RequestQueue(max_entries=self.max_queued)
         self.queue = queue
@@ -59,13 +62,30 @@ class Role:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: str = "float32", buckets: Buckets | None = None
+        cls,
+        directory: str | Path,
+        *,
+        dtype: str = "float32",
+        buckets: Buckets | None = None,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
+        quantise: str | None = None,
     ) -> Self:
         """Opens a model directory; compiles at `warmup` or at the first call.
 
-        Raises: as `engine.served_model.open_model`.
+        Args, raises: as `engine.served_model.open_model`.
         """
-        return cls(open_model(directory, role=cls.name, dtype=dtype, buckets=buckets))
+        return cls(
+            open_model(
+                directory,
+                role=cls.name,
+                dtype=dtype,
+                buckets=buckets,
+                mesh=mesh,
+                rules=rules,
+                quantise=quantise,
+            )
+        )
 
     @property
     def version(self) -> str:

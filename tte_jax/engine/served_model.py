@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tte_jax.content import Media
 from tte_jax.engine.buckets import FULL, MINI, Buckets, longest
 from tte_jax.engine.cache import ByteLru
+from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
@@ -19,6 +21,7 @@ from tte_jax.models.registry import model_config
 from tte_jax.preprocess.media import LoadMedia, Patches, media_key, media_loader, patches_bytes
 from tte_jax.preprocess.prompts import PromptSet, prompts_name, read_spec
 from tte_jax.preprocess.video import VideoPatches
+from tte_jax.sharding import Rules, sharding_of
 from tte_jax.weights import hf
 
 ROLES = ("reasoner", "embedder", "reranker")
@@ -40,6 +43,8 @@ class ServedModel:
       version: `name@` and 12 hex digits of a hash over configuration, prompts, tokenizer and
         weights; equal for equal files wherever they lie.
       dtype: dtype of weights and activations.
+      quantise: "int8" when the matrices of linear layers are held as that, else None.
+      layout: the device or mesh that holds it.
     """
 
     directory: Path
@@ -50,6 +55,8 @@ class ServedModel:
     config: ModelConfig
     prompts: PromptSet
     buckets: Buckets
+    quantise: str | None = None
+    layout: Layout = ONE_DEVICE
 
 
 def open_model(
@@ -58,6 +65,9 @@ def open_model(
     role: str,
     dtype: str = "float32",
     buckets: Buckets | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    quantise: str | None = None,
 ) -> ServedModel:
     """Reads a model directory.
 
@@ -65,11 +75,15 @@ def open_model(
       role: one of `ROLES`; a directory whose `tte.json` names roles must name this one.
       dtype: one of `DTYPES`.
       buckets: the ladder; None = that of `tte.json`, else one that suits its prompts.
+      mesh: of `tte_jax.sharding.make_mesh`, over devices of this process; None = one device.
+      rules: how dimensions map to the mesh; None = the defaults.
+      quantise: "int8" holds the matrices of linear layers as int8, a quarter of float32.
 
     Raises:
       NotFoundError: the directory or a file in it is missing; the message names what.
       PreconditionError: a model of another family or role, or unusable files.
-      InvalidInputError: an unknown dtype.
+      InvalidInputError: an unknown dtype or `quantise`.
+      UnsupportedError: a mesh with devices of other processes.
     """
     path = Path(directory).expanduser()
     if dtype not in DTYPES:
@@ -104,15 +118,19 @@ def open_model(
             video = replace(video, max_patches=longest(ladder.images))
         prompts.load = cached_media(media_loader(prompts.image_config, video))
     name = str(spec.get("name") or path.name)
+    layout = Layout(mesh, rules or Rules())
+    placed = None if mesh is None else sharding_of(mesh, layout.rules)
     return ServedModel(
         directory=path,
         name=name,
         version=f"{name}@{fingerprint(path, prompts.name)}",
         dtype=dtype,
-        model=hf.load(path, dtype=jnp.dtype(dtype)),
+        model=hf.load(path, dtype=jnp.dtype(dtype), sharding_of=placed, quantise=quantise),
         config=config,
         prompts=prompts,
         buckets=ladder,
+        quantise=quantise,
+        layout=layout,
     )
 
 

@@ -192,28 +192,25 @@ class DecodeLoop:
             self._thread.join(timeout_s)
 
     def _declare(self, stops: Stops) -> None:
-        b = self._buckets
-        state = jax.eval_shape(self._empty_state)
+        b, lay = self._buckets, self._table.layout
+        state = programs.abstract_state(
+            self._model, slots=b.slots, length=b.cache_length, layout=lay
+        )
         width = self._model.config.feature_size
-
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype)
-
         for rows, tokens in b.prefill:
-            vis = array(self._dtype, rows * tokens, width) if self._vision else None
             self._table.add(
                 "prefill",
                 (rows, tokens),
                 partial(programs.prefill, stops=stops),
                 state,
-                array(jnp.int32, rows, tokens),
-                array(jnp.int32, rows, 3, tokens),
-                array(jnp.int32, rows),
-                vis,
-                array(jnp.int32, rows, tokens) if self._vision else None,
-                array(jnp.int32, rows),
-                array(jnp.int32, rows),
-                jax.tree.map(lambda x, rows=rows: array(x.dtype, rows), state.control),
+                lay.rows(jnp.int32, rows, tokens),
+                lay.rows(jnp.int32, rows, 3, tokens),
+                lay.rows(jnp.int32, rows),
+                lay.whole(self._dtype, rows * tokens, width) if self._vision else None,
+                lay.rows(jnp.int32, rows, tokens) if self._vision else None,
+                lay.whole(jnp.int32, rows),
+                lay.whole(jnp.int32, rows),
+                jax.tree.map(lambda x, rows=rows: lay.whole(x.dtype, rows), state.control),
                 donate=(0,),
             )
         for slots, places in b.decode_shapes:
@@ -224,14 +221,16 @@ class DecodeLoop:
                     programs.decode, slots=slots, places=places, steps=b.decode_steps, stops=stops
                 ),
                 state,
-                array(jnp.bool_, b.slots),
-                array(jnp.bool_, b.slots),
+                lay.whole(jnp.bool_, b.slots),
+                lay.whole(jnp.bool_, b.slots),
                 donate=(0,),
             )
 
     def _empty_state(self) -> DecodeState:
         b = self._buckets
-        return programs.empty_state(self._model, slots=b.slots, length=b.cache_length)
+        return programs.empty_state(
+            self._model, slots=b.slots, length=b.cache_length, layout=self._table.layout
+        )
 
     def _work(self) -> None:
         while True:

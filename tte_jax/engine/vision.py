@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,14 +66,15 @@ class VisionEncoder:
         self._config = config
         self._shapes = tuple(shapes)
         self.cache: ByteLru[np.ndarray] = ByteLru(cache_bytes, lambda x: x.nbytes)
+        rows = table.layout.rows
         for g, p in self._shapes:
             table.add(
                 "encode_images",
                 (g, p),
                 programs.encode_images,
-                jax.ShapeDtypeStruct((g, p, config.patch_values), jnp.float32),
+                rows(jnp.float32, g, p, config.patch_values),
                 *(
-                    jax.ShapeDtypeStruct((g, *x.shape), x.dtype)
+                    rows(x.dtype, g, *x.shape)
                     for x in plan_vision([], bucket=p, **config.plan).arrays
                 ),
             )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
 from tte_jax.nn.attention import Prefix, attend
-from tte_jax.nn.linear import lookup, project
+from tte_jax.nn.linear import columns, lookup, project
 from tte_jax.nn.norms import rms_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -163,6 +163,13 @@ class TextDecoder(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         """The output matrix; the transposed embedding table when tied."""
         return self.embed_vd[...].T if self.config.tied else self.head_dv[...]
+
+    def head_rows(self, ids: tuple[int, ...]) -> Float[Array, "C D"]:
+        """What the output head holds for a few tokens, in float32, whole on every device."""
+        which = jnp.asarray(ids)
+        if self.config.tied:
+            return lookup(self.embed_vd[...], which).astype(jnp.float32)
+        return columns(self.head_dv[...], which).T
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""

@@ -84,9 +84,26 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
 
 def lookup(table: Array, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Rows of a table [V D], sharded as `rows`; a row beyond the table is NaN."""
-    spec = explicit_spec(rows)
-    sharding = None if spec is None else PartitionSpec(*spec, None)
+    sharding = None
+    if explicit_spec(table) is not None:
+        spec = explicit_spec(rows) or (None,) * rows.ndim  # constants belong to no mesh
+        sharding = PartitionSpec(*spec, None)
     return table.at[rows].get(mode="fill", out_sharding=sharding)
+
+
+def columns(w: Weight, which: Int[Array, " C"]) -> Float[Array, "D C"]:
+    """A few columns of a matrix in float32, on every device of a mesh."""
+    if isinstance(w, Int8Weight):
+        return _columns(w.q, which) * _columns(w.scale, which)
+    return _columns(w, which)
+
+
+def gathered(x: Array, *, like: Array | None = None) -> Array:
+    """x with every part on every device, or split as `like` is; x itself without a mesh."""
+    if explicit_spec(x) is None:
+        return x
+    spec = () if like is None else explicit_spec(like) or ()
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
 def explicit_spec(x: Array) -> tuple[Any, ...] | None:
@@ -96,6 +113,11 @@ def explicit_spec(x: Array) -> tuple[Any, ...] | None:
         return None
     spec = tuple(sharding.spec)
     return spec + (None,) * (x.ndim - len(spec))
+
+
+def _columns(w: Array, which: Array) -> Array:
+    whole = None if explicit_spec(w) is None else PartitionSpec(None, None)
+    return w.at[:, which].get(out_sharding=whole).astype(jnp.float32)
 
 
 def _einsum(subscripts: str, x: Array, w: Array, dtype: Any) -> Array:

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tte_jax.content import NO_REASONING, Content, Media, Reasoning, Side, Task
-from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
+from tte_jax.errors import (
+    InvalidInputError,
+    NotFoundError,
+    PreconditionError,
+    UnsupportedError,
+)
 from tte_jax.preprocess import prompts_full, prompts_mini
 from tte_jax.preprocess.ecr import END_THINK, THINK, cut_words, parse_ecr, plain
 from tte_jax.preprocess.media import LoadMedia, media_loader
@@ -52,10 +57,10 @@ class Wording(Protocol):
     def embed(self) -> Callable[[Turn, str], list[Piece]]: ...
 
     @property
-    def rerank_prefix(self) -> Callable[[str, str], list[Piece]]: ...
+    def rerank_prefix(self) -> Callable[..., list[Piece]]: ...
 
     @property
-    def rerank_suffix(self) -> Callable[[str], list[Piece]]: ...
+    def rerank_suffix(self) -> Callable[..., list[Piece]]: ...
 
 
 _WORDINGS: dict[str, Wording] = {"full": prompts_full, "mini": prompts_mini, **PUBLISHED}
@@ -253,24 +258,53 @@ class PromptSet:
             pieces = [*pieces, Ids(self.tokenizer.closing_ids)]
         return self._assemble(pieces)
 
-    def rerank_prefix(self, query: str, instruction: str = "") -> Prompt:
+    @property
+    def rerank_media(self) -> bool:
+        """Whether the reranker's format has a place for media."""
+        return self._published is not None and self._published.rerank_media
+
+    def rerank_prefix(
+        self, query: str | Content, instruction: str = "", *, field: str = "query"
+    ) -> Prompt:
         """What all candidates of one query share; `prefix_length` is all of it.
+
+        Args:
+          query: text, ECR text, or a content where the format has a place for media.
 
         Raises:
           InvalidInputError: the query is empty.
+          UnsupportedError: media for a reranker of texts.
         """
-        text = _without_tags(query)
-        if not text:
+        text, media = self._rerank_item(query, field)
+        if not text and not media:
             raise InvalidInputError(
                 "the query is empty; send its text or its reasoning",
-                field="query",
+                field=field,
                 reason="EMPTY_QUERY",
             )
-        return self._assemble(self._wording.rerank_prefix(text, instruction.strip()))
+        more = (media,) if media else ()
+        return self._assemble(self._wording.rerank_prefix(text, instruction.strip(), *more))
 
-    def rerank_suffix(self, document: str) -> Prompt:
-        """One candidate, to follow the prefix; the next token is `yes_id` or `no_id`."""
-        return self._assemble(self._wording.rerank_suffix(_without_tags(document)))
+    def rerank_suffix(self, document: str | Content, *, field: str = "candidate") -> Prompt:
+        """One candidate, to follow the prefix; the next token is `yes_id` or `no_id`.
+
+        Raises:
+          UnsupportedError: media for a reranker of texts.
+        """
+        text, media = self._rerank_item(document, field)
+        return self._assemble(self._wording.rerank_suffix(text, *((media,) if media else ())))
+
+    def _rerank_item(self, item: str | Content, field: str) -> tuple[str, tuple[MediaSlot, ...]]:
+        if isinstance(item, str):
+            return _without_tags(item), ()
+        media = _slots(item, field)
+        if media and not self.rerank_media:
+            raise UnsupportedError(
+                f"{field}: this reranker compares texts; send the content's text or its reasoning, "
+                "or serve a Qwen3-VL-Reranker",
+                reason="NO_VISION",
+            )
+        return _without_tags(item.text), media
 
     @cached_property
     def yes_id(self) -> int:

@@ -8,14 +8,23 @@ own. Each embeds by its last token.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tte_jax.content import MediaKind, Side
 from tte_jax.errors import UnsupportedError
 from tte_jax.preprocess import prompts_full
-from tte_jax.preprocess.template import IM_END, IM_START, Piece, PrefixEnd, Special, Tagged, Turn
+from tte_jax.preprocess.template import (
+    IM_END,
+    IM_START,
+    MediaSlot,
+    Piece,
+    PrefixEnd,
+    Special,
+    Tagged,
+    Turn,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -55,6 +64,7 @@ class Published:
       folder: what the lower-case name of a directory holds when it is this model.
       plain_positions: text positions for pads that do not follow vision start (transformers up to
         4.52, with which VLM2Vec was trained).
+      rerank_media: the reranker's wordings take media as their last argument.
       image, video: limits that the authors' code sets whatever the processor's file says.
     """
 
@@ -62,8 +72,9 @@ class Published:
     folder: str
     reason: Callable[[Turn], list[Piece]] = _no_reasoning
     embed: Callable[[Turn, str], list[Piece]] = _no_embedding
-    rerank_prefix: Callable[[str, str], list[Piece]] = _no_prefix
-    rerank_suffix: Callable[[str], list[Piece]] = _no_suffix
+    rerank_prefix: Callable[..., list[Piece]] = _no_prefix
+    rerank_suffix: Callable[..., list[Piece]] = _no_suffix
+    rerank_media: bool = False
     plain_positions: bool = False
     image: tuple[tuple[str, Any], ...] = ()
     video: tuple[tuple[str, Any], ...] = ()
@@ -100,11 +111,13 @@ def _qwen3_vl_embed(turn: Turn, ecr: str) -> list[Piece]:
     asked = turn.instruction
     if asked and not unicodedata.category(asked[-1]).startswith("P"):
         asked += "."
-    media = sorted(turn.media, key=lambda slot: slot.media.kind is not MediaKind.VIDEO)
-    return _turns(asked or QWEN3_VL_EMBED, [*media, turn.text, *_after(ecr)])
+    user = [*_videos_first(turn.media), turn.text, *_after(ecr)]
+    return _turns(asked or QWEN3_VL_EMBED, user)
 
 
-def _qwen3_vl_rerank_prefix(query: str, instruction: str) -> list[Piece]:
+def _qwen3_vl_rerank_prefix(
+    query: str, instruction: str, media: Sequence[MediaSlot] = ()
+) -> list[Piece]:
     # The colon belongs to the suffix: a document that begins with punctuation makes one token
     # with it.
     asked = instruction or QWEN3_VL_RERANK
@@ -114,18 +127,26 @@ def _qwen3_vl_rerank_prefix(query: str, instruction: str) -> list[Piece]:
         Special(IM_END),
         "\n",
         Special(IM_START),
-        f"user\n<Instruct>: {asked}<Query>:{query}\n<Document",
+        f"user\n<Instruct>: {asked}<Query>:",
+        *_videos_first(media),
+        f"{query}\n<Document",
         PrefixEnd(),
     ]
 
 
-def _qwen3_vl_rerank_suffix(document: str) -> list[Piece]:
-    text = f">:{document or 'NULL'}"
-    return [text, Special(IM_END), "\n", Special(IM_START), "assistant\n"]
+def _qwen3_vl_rerank_suffix(document: str, media: Sequence[MediaSlot] = ()) -> list[Piece]:
+    words = document or ("" if media else "NULL")
+    item = [">:", *_videos_first(media), words]
+    return [*item, Special(IM_END), "\n", Special(IM_START), "assistant\n"]
 
 
 def _qwen3_rerank_prefix(query: str, instruction: str) -> list[Piece]:
     return prompts_full.rerank_prefix(query, instruction or QWEN3_RERANK)
+
+
+def _videos_first(media: Sequence[MediaSlot]) -> list[MediaSlot]:
+    """Videos before images, each in the caller's order, as Qwen3-VL's authors put them."""
+    return sorted(media, key=lambda slot: slot.media.kind is not MediaKind.VIDEO)
 
 
 def _turns(system: str, user: list[Piece]) -> list[Piece]:
@@ -176,6 +197,7 @@ PUBLISHED = {
             "qwen3-vl-reranker",
             rerank_prefix=_qwen3_vl_rerank_prefix,
             rerank_suffix=_qwen3_vl_rerank_suffix,
+            rerank_media=True,
             image=_QWEN3_VL_IMAGE,
             video=_QWEN3_VL_VIDEO,
         ),

@@ -21,7 +21,9 @@ from flax import nnx
 from tte_jax.errors import DataLossError, PreconditionError
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
+from tte_jax.weights import hf
 from tte_jax.weights.hf import ShardingOf
+from tte_jax.weights.table import entries
 
 FORMAT = 1
 MARKER, PARAMS = "tte_checkpoint.json", "params"
@@ -71,19 +73,27 @@ def stored_dtype(directory: str | Path) -> str:
 
 
 def load(
-    directory: str | Path, *, dtype: Any = None, sharding_of: ShardingOf | None = None
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    sharding_of: ShardingOf | None = None,
+    quantise: str | None = None,
 ) -> MultimodalLM:
     """Read a checkpoint; strict both ways, all problems reported together.
 
     Args:
       dtype: dtype of the parameters in memory; None = the stored one.
       sharding_of: sharding for a parameter path and shape; None = the default device.
+      quantise: as for `hf.load`, but made when all is read: Orbax reads a tree at once, so the
+        whole model is in memory once in `dtype`.
 
     Raises:
+      InvalidInputError: an unknown `quantise`.
       NotFoundError, PreconditionError: no `config.json`, or an unknown family or format; parameters
         missing, left over or misshaped.
       DataLossError: files that cannot be read.
     """
+    hf.check_quantise(quantise)
     directory = Path(directory).absolute()
     stored = stored_dtype(directory)
     config = model_config(directory)
@@ -108,6 +118,11 @@ def load(
                 " Convert the model again.",
                 reason="MODEL_WEIGHTS_DAMAGED",
             ) from e
+    if quantise:
+        for entry in entries(config):
+            node, leaf = hf.descend(pure, entry.path)
+            # Each float matrix goes before the next one is rounded.
+            node[leaf] = jax.block_until_ready(hf.quantised(entry, node[leaf]))
     nnx.replace_by_pure_dict(state, pure)
     return nnx.merge(graph, state)
 

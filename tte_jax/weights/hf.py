@@ -35,6 +35,8 @@ from tte_jax.weights.table import Entry, entries, on_disk
 # Buffers that old checkpoints carry and that are computed, not learned.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+QUANTISATIONS = ("int8",)
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
@@ -65,12 +67,7 @@ def load(
       PreconditionError: unsupported family, or tensors missing, left over or misshaped (all named).
       DataLossError: a weight file that cannot be read.
     """
-    if quantise not in (None, "int8"):
-        raise InvalidInputError(
-            f"quantise {quantise!r} is not known; expected 'int8', or None for the weights as they"
-            " are.",
-            field="quantise",
-        )
+    check_quantise(quantise)
     directory = Path(directory)
     config = model_config(directory)
     files = tensors(directory)
@@ -79,20 +76,37 @@ def load(
     abstract = nnx.eval_shape(lambda: MultimodalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(abstract)
     pure = nnx.to_pure_dict(state)
-    targets = [(entry, *_descend(pure, entry.path)) for entry in table]
+    targets = [(entry, *descend(pure, entry.path)) for entry in table]
     for entry, node, leaf in sorted(targets, key=lambda t: -prod(t[1][t[2]].shape)):
         shape = tuple(node[leaf].shape)
         sharding = sharding_of(entry.path, shape) if sharding_of else None
         value = _read(entry, shape, files, dtype, sharding)
         if change is not None:
             value = change(entry, value)
-        if quantise and entry.inputs:
-            first = int(entry.stacked)
-            value = linear.quantise(value, tuple(range(first, first + entry.inputs)))
+        if quantise:
+            value = quantised(entry, value)
         # Waiting lets go of the host's copy before the next parameter is read.
         node[leaf] = jax.block_until_ready(value)
     nnx.replace_by_pure_dict(state, pure)
     return nnx.merge(graph, state)
+
+
+def quantised(entry: Entry, value: jax.Array) -> jax.Array | linear.Int8Weight:
+    """A parameter as int8 where it is the matrix of a linear layer, else as it is."""
+    if not entry.inputs:
+        return value
+    first = int(entry.stacked)
+    return linear.quantise(value, tuple(range(first, first + entry.inputs)))
+
+
+def check_quantise(quantise: str | None) -> None:
+    """Raises InvalidInputError unless it is None or one of `QUANTISATIONS`."""
+    if quantise not in (None, *QUANTISATIONS):
+        raise InvalidInputError(
+            f"quantise {quantise!r} is not known; expected {' or '.join(QUANTISATIONS)}, or None"
+            " for the weights as they are.",
+            field="quantise",
+        )
 
 
 def export(
@@ -123,7 +137,7 @@ def export(
     room, total = shard_bytes, 0
     family = model.config.model_type
     for entry in entries(model.config):
-        node, leaf = _descend(pure, entry.path)
+        node, leaf = descend(pure, entry.path)
         if isinstance(node[leaf], linear.Int8Weight):
             raise UnsupportedError(
                 "int8 weights are not exported: what rounding took is gone. Load the model without"
@@ -212,7 +226,8 @@ def _check(
         )
 
 
-def _descend(pure: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+def descend(pure: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """(dict, key) at which the parameter of a dotted path stands."""
     *parents, leaf = path.split(".")
     for name in parents:
         pure = pure[name]

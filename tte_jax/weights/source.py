@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tte_jax.errors import InvalidInputError, PreconditionError, UnsupportedError
+from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
 from tte_jax.weights import adapter as adapters
@@ -73,19 +73,15 @@ def load(
 
     Args:
       path, adapter: as for `resolve`.
-      dtype, sharding_of, quantise: as for `hf.load`; an Orbax checkpoint cannot be quantised.
+      dtype, sharding_of, quantise: as for `hf.load`; see `checkpoint.load` on quantising one.
 
-    Raises: UnsupportedError for an Orbax checkpoint with `quantise`; else as `resolve`, `hf.load`,
-    `checkpoint.load`, `adapter.read` and `adapter.changes`.
+    Raises: as `resolve`, `hf.load`, `checkpoint.load`, `adapter.read` and `adapter.changes`.
     """
     source = resolve(path, adapter=adapter)
     if checkpoint.is_checkpoint(source.directory):
-        if quantise is not None:
-            raise UnsupportedError(
-                f"{str(source.directory)!r} is an Orbax checkpoint; quantise works on a"
-                " Hugging Face directory. Convert it first (`tte convert --to hf`)."
-            )
-        return checkpoint.load(source.directory, dtype=dtype, sharding_of=sharding_of)
+        return checkpoint.load(
+            source.directory, dtype=dtype, sharding_of=sharding_of, quantise=quantise
+        )
     change = None
     if source.adapter is not None:
         change = adapters.changes(model_config(source.directory), adapters.read(source.adapter))
