@@ -137,7 +137,7 @@ class ColumnSource(RowSource):
         if not several:
             item = self._item(values, side, texts, images, values.get(f"{side}_ecr"))
             return () if item.empty and side != "query" else (item,)
-        count = len(texts) if isinstance(texts, list) else len(images)
+        count = max(len(values) for values in (texts, images) if isinstance(values, list))
         ecrs = values.get(f"{side}_ecr")
         return tuple(
             self._item(values, side, *(_entry(v, i) for v in (texts, images, ecrs)))

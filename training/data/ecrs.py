@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from training.data.examples import Document, Example
-from training.data.rows import ExampleSource
+from training.data.rows import ExampleSource, pick
 from tte_jax.content import Side
 from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError
 
@@ -140,11 +140,7 @@ class EcrStore:
 
 
 class WithEcrs:
-    """A source whose documents carry the ECRs of a store; what the store lacks stays as it is.
-
-    Args:
-      negatives: also those of the examples' negatives.
-    """
+    """A source whose documents carry the ECRs of a store; what the store lacks stays as it is."""
 
     def __init__(self, source: ExampleSource, store: EcrStore) -> None:
         self.source = source
@@ -161,6 +157,9 @@ class WithEcrs:
             positives=tuple(self._with(d, Side.DOCUMENT) for d in example.positives),
             negatives=tuple(self._with(d, Side.DOCUMENT) for d in example.negatives),
         )
+
+    def document(self, index: int, at: int) -> Document:
+        return self._with(pick(self.source, index, at), Side.DOCUMENT)
 
     def _with(self, document: Document, side: Side) -> Document:
         found = self._ecrs.get((document.key, side))

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from training.data.examples import Example
-from training.data.rows import ExampleSource, Row, RowSource
+from training.data.examples import Document, Example
+from training.data.rows import ExampleSource, Row, RowSource, pick
 from tte_jax.errors import InvalidInputError
 
 
@@ -58,6 +58,10 @@ class Mixture(RowSource):
         part, at = self.place(index)
         return replace(self.parts[part].source[at], dataset=self.parts[part].name)
 
+    def document(self, index: int, at: int) -> Document:
+        part, inner = self.place(index)
+        return pick(self.parts[part].source, inner, at)
+
     def row(self, index: int) -> Row:
         part, at = self.place(index)
         source = self.parts[part].source
@@ -93,6 +97,9 @@ class Subset(RowSource):
 
     def __getitem__(self, index: int) -> Example:
         return self.source[self.indices[index]]
+
+    def document(self, index: int, at: int) -> Document:
+        return pick(self.source, self.indices[index], at)
 
     def row(self, index: int) -> Row:
         if not isinstance(self.source, RowSource):

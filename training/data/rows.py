@@ -7,10 +7,9 @@ media and makes the `Example`. Every source of rows (`RowSource`) is a source of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from training.data.examples import Document, Example
 from tte_jax.content import Content, Media, MediaKind, Part, Text
@@ -25,6 +24,13 @@ class ExampleSource(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class DocumentAccess(Protocol):
+    """A source that can open one document alone."""
+
+    def document(self, index: int, at: int) -> Document: ...
 
 
 @dataclass(frozen=True)
@@ -169,9 +175,18 @@ class RowSource:
     def __getitem__(self, index: int) -> Example:
         return self.row(index).load()
 
-    def rows(self) -> Iterator[Row]:
-        for index in range(len(self)):
-            yield self.row(index)
+    def document(self, index: int, at: int) -> Document:
+        """Document `at` of an example alone: its positives, then its negatives, from 0."""
+        row = self.row(index)
+        return (*row.positives, *row.negatives)[at].load()
+
+
+def pick(source: ExampleSource, index: int, at: int) -> Document:
+    """Document `at` of an example, without opening the other media where the source can."""
+    if isinstance(source, DocumentAccess):
+        return source.document(index, at)
+    example = source[index]
+    return (*example.positives, *example.negatives)[at]
 
 
 def document(content: Content, *, instruction: str = "", ecr: str = "") -> Document:
