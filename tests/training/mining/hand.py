@@ -175,7 +175,8 @@ def train(
         write_atomically(out / "step.npy", state.getvalue())
         time.sleep(delay_s)
     write_model(out, matrix.astype(np.float32))
-    (out / "step.npy").unlink()
+    for left in (*out.glob(".*.tmp"), out / "step.npy"):  # a killed write leaves its beginning
+        left.unlink()
     return losses
 
 
