@@ -21,7 +21,7 @@ help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
 	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
 	@echo "make test      the whole test suite"
-	@echo "make crash     200 times kill -9 in the middle of writes, and nothing may be lost"
+	@echo "make crash     200 times kill -9 in the middle of writes, 30 times of the training loop"
 	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
@@ -60,9 +60,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-# Kills a writing process 200 times; minutes.
+# Kills a writing process 200 times, and the training loop or its reranker 30 times; minutes.
 crash: $(VENV)/.installed-dev
 	TTE_CRASH_ROUNDS=200 $(BIN)/python -m pytest -q tests/index/test_crash.py
+	TTE_LOOP_KILLS=30 $(BIN)/python -m pytest -q -s tests/training/mining/test_loop_crash.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from tte_jax.cli import (
     convert,
+    data,
     demo,
     documents,
     evaluation,
@@ -94,6 +95,7 @@ app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.add_typer(evaluation.app)
 app.add_typer(upkeep.app)
+app.add_typer(data.app)
 app.command("convert")(convert.convert)
 
 

@@ -101,6 +101,13 @@ class RemoteReasoner(_Remote):
                     raise
             await asyncio.sleep(pause)
 
+    async def version(self, *, timeout_s: float | None = None) -> str:
+        """Version of the model that reasons."""
+        request = reasoner_pb2.ReasonerServiceInfoRequest()
+        with translated(self.peer):
+            about = await self._stub.Info(request, timeout=timeout_s, metadata=self.metadata)
+        return about.model.model_version
+
     async def _answer(
         self, request: reasoner_pb2.ReasonRequest, timeout_s: float | None
     ) -> tuple[list[Reasoning], Usage]:
