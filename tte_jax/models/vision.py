@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
 from tte_jax.nn.attention import attend
-from tte_jax.nn.linear import project
+from tte_jax.nn.linear import fold, project
 from tte_jax.nn.norms import layer_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -129,7 +129,7 @@ class VisionTower(nnx.Module):
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
-        x = x.reshape(x.shape[0], -1, c.embed_dim * c.merged)
+        x = fold(x, x.shape[0], -1, c.embed_dim * c.merged)
         x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
         x = jax.nn.gelu(x, approximate=False)
         return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]
