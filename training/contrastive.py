@@ -379,7 +379,7 @@ def read_ahead(
     """Steps from `first` on, tokenised, in the order of (seed, step)."""
     # Processes that hold the same shards (a tp that spans them) read the same examples.
     host, hosts = shards[0] // len(shards), total // len(shards)
-    for step, examples in read_steps(source, order, step=first, host=host, hosts=hosts):
+    for step, examples in read_steps(source, order, step=first, host=host, hosts=hosts, threads=2):
         if step >= config.steps:
             return
         rows = len(examples) // len(shards)

@@ -318,7 +318,7 @@ def read_ahead(
     """Steps from `first` on, tokenised, in the order of (seed, step)."""
     host, hosts = shards[0] // len(shards), total // len(shards)
     examples: list[Example]
-    for step, examples in read_steps(mixture, order, step=first, host=host, hosts=hosts):
+    for step, examples in read_steps(mixture, order, step=first, host=host, hosts=hosts, threads=2):
         if step >= config.steps:
             return
         rows = len(examples) // len(shards)
