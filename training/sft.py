@@ -45,6 +45,7 @@ from tte_jax import sharding
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.errors import InvalidInputError
 from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.nn.linear import split_like
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.weights import hub, source
 
@@ -129,9 +130,9 @@ def next_token_loss(
     def block(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         h, targets, weights = part
         logits = model.logits(h)
-        # The target's logit by a product: no rule is needed where the vocabulary is split.
-        right = jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)
-        mine = jnp.sum(logits * right, axis=-1)
+        # The target's logit by comparison: where the vocabulary is split, so is this.
+        number = split_like(jnp.arange(logits.shape[-1]), logits)
+        mine = jnp.sum(jnp.where(targets[..., None] == number, logits, 0), axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - mine
         return jnp.sum(nll * weights), jnp.sum((mine >= logits.max(-1)) * weights)
 

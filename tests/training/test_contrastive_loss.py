@@ -222,10 +222,15 @@ EVERY_RULE = {
     "matryoshka": Rules(dimensions=(4, 2), teacher_threshold=0.9),
     "soft": Rules(soft_weight=0.4, soft_temperature=2.0),
     "all": Rules(
-        symmetric=True, share_negatives=True, dimensions=(4,), margin=0.3, teacher_threshold=0.95,
+        symmetric=True,
+        share_negatives=True,
+        dimensions=(4,),
+        margin=0.3,
+        teacher_threshold=0.95,
         soft_weight=0.3,
     ),
-}  # fmt: skip
+}
+EVERY_RULE["blocks"] = replace(EVERY_RULE["all"], rows=1)
 
 
 @pytest.mark.parametrize("name", EVERY_RULE)
@@ -276,7 +281,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert float(d_scale) == pytest.approx(slope, abs=2e-6)
 
 
-ON_MESHES = ("plain", "all")  # the second has every collective there is
+ON_MESHES = ("plain", "blocks")  # the second has every collective there is
 
 
 def eight_devices(out: str) -> None:

@@ -187,7 +187,7 @@ def _adapted(subscripts: str, x: Array, w: AdaptedWeight, dtype: Any) -> Array:
     change = jnp.einsum(f"{inputs}{rank},{rank}{outputs}->{letters_w}", w.a, w.b)
     merged = jax.lax.stop_gradient(w.w.astype(jnp.float32) + w.scale * change)
     norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(len(inputs)))))
-    return product * _split_like(w.magnitude / norm, product).astype(product.dtype)
+    return product * split_like(w.magnitude / norm, product).astype(product.dtype)
 
 
 def _like(x: Array) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def _like(x: Array) -> dict[str, Any]:
     return {"out_sharding": NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))}
 
 
-def _split_like(vector: Array, product: Array) -> Array:
-    """A value for each output, split as the product's last dimensions are."""
+def split_like(vector: Array, product: Array) -> Array:
+    """`vector`, a value for each output, split as the last dimensions of a product are."""
     spec = explicit_spec(product)
     if spec is None or explicit_spec(vector) is None:
         return vector
