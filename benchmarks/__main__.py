@@ -18,8 +18,12 @@ BENCHMARKS = {
     "quantisation": "int8 weights: embeddings, speed and memory against float32",
     "startup": "seconds from `tte serve` to the first answer, first start and second start",
 }
-# Needs the training data set, which only a trainer's machine has; so it is not run from here.
-ELSEWHERE = {"training.evaluate": "held-out figures of the built-in models (needs .data/emoji)"}
+# These need the training data set, which only a trainer's machine has, or PyTorch, which only a
+# developer's has; so they are not run from here.
+ELSEWHERE = {
+    "training.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
+    "benchmarks.training": "steps of contrastive training against a PyTorch loop (needs torch)",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

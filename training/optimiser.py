@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import optax
@@ -67,7 +68,8 @@ def muon(
 
     def matrices(params: Any) -> Any:
         def spec(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
-            names = {str(getattr(k, "key", getattr(k, "name", ""))) for k in path}
+            keys = (str(getattr(k, "key", getattr(k, "name", ""))) for k in path)
+            names = {key.rsplit(".", 1)[-1] for key in keys}  # a tree, or a dict by dotted path
             found = [v for k, v in _MATRICES.items() if k in names]
             return found[0] if found else None
 
@@ -84,3 +86,39 @@ def muon(
             muon_weight_dimension_numbers=matrices,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """What turns gradients into updates.
+
+    Attributes:
+      kind: Muon is for full fine-tuning of small models; adapters take AdamW.
+      lr: the highest rate; schedule: how it falls to its end ("linear" to 0, "cosine" to lr / 100).
+      warmup: share of all steps in which it rises.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 2e-4
+    schedule: Literal["linear", "cosine"] = "linear"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+
+    def make(self, steps: int) -> optax.GradientTransformation:
+        """For a run of `steps` steps, behind a clip at norm 1."""
+        warmup = min(max(1, round(self.warmup * steps)), steps - 1) if steps > 1 else 0
+        if self.kind == "muon":
+            return muon(lr=self.lr, warmup=warmup, steps=steps, weight_decay=self.weight_decay)
+        if self.schedule == "cosine":
+            return adamw(lr=self.lr, warmup=warmup, steps=steps, weight_decay=self.weight_decay)
+        falling = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.lr, warmup),
+                optax.linear_schedule(self.lr, 0.0, steps - warmup),
+            ],
+            [warmup],
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(falling, b2=0.98, weight_decay=self.weight_decay, mask=_decayed),
+        )

@@ -4,8 +4,13 @@
 
 Rows are written by `training.rerank_rows`: a query text, candidates in the reasoner's words, and
 which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
-probability) plus a softmax over the list (so that the order is right). The decoder starts from the
-unified model's; that Qwen3 normalises queries and keys is all that it has to get used to.
+probability) plus a softmax over the list (so that the order is right), which `--listwise 0` leaves
+out. The decoder starts from the unified model's; that Qwen3 normalises queries and keys is all that
+it has to get used to. Or `--start` is any Qwen3 directory, which goes on in full, with its own
+tokenizer and prompts, and is exported as a whole directory:
+
+    python -m training.rerank --rows rows.jsonl --start models/Qwen3-Reranker-0.6B \
+        --prefix-room 256 --suffix-room 256 --lr 1e-5
 """
 
 from __future__ import annotations
@@ -31,10 +36,11 @@ from training.pairs import Leaf
 from training.prefetch import prefetch
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.registry import model_config
 from tte_jax.models.text import KVCache
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.preprocess.tokenizer import Tokenizer
-from tte_jax.weights import hf
+from tte_jax.weights import convert, hf
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,10 @@ class Config:
 
     Attributes:
       rows: JSONL of {"query": str, "candidates": [str], "labels": [0 or 1]}.
-      start: unified model directory whose decoder is taken over.
+      tokenizer: of a reranker that starts from a unified model.
+      start: unified model directory whose decoder is taken over, or a Qwen3 directory.
+      prefix_room, suffix_room: tokens of a query and of a candidate; what is longer is cut.
+      listwise: weight of the softmax over the list.
       lists, candidates: a step reads `lists` rows with `candidates` of their candidates each.
     """
 
@@ -53,6 +62,9 @@ class Config:
     out: Path = Path(".data/runs/rerank")
     lists: int = 16
     candidates: int = 6
+    prefix_room: int = 40
+    suffix_room: int = 36
+    listwise: float = 1.0
     steps: int = 300
     lr: float = 2e-3
     warmup: int = 40
@@ -73,9 +85,6 @@ class Lists:
     labels: Leaf
 
 
-PREFIX_ROOM, SUFFIX_ROOM = 40, 36  # an ECR takes 23 tokens of them, and 32 at most
-
-
 class RowSource:
     """Reads the rows and lays out batches; batch i depends on (seed, i) alone."""
 
@@ -92,17 +101,18 @@ class RowSource:
 
     def _batch(self, rng: np.random.Generator) -> Lists:
         lists, count = self._config.lists, self._config.candidates
-        prefix = np.zeros((lists, PREFIX_ROOM), np.int32)
-        suffix = np.zeros((lists, count, SUFFIX_ROOM), np.int32)
+        room, after = self._config.prefix_room, self._config.suffix_room
+        prefix = np.zeros((lists, room), np.int32)
+        suffix = np.zeros((lists, count, after), np.int32)
         prefix_length = np.zeros(lists, np.int32)
         suffix_length = np.ones((lists, count), np.int32)
         labels = np.full((lists, count), -1, np.int32)  # -1: no candidate in this place
         for i, chosen in enumerate(rng.integers(len(self._rows), size=lists)):
             row = self._rows[chosen]
-            ids = self._prompts.rerank_prefix(row["query"]).ids[-PREFIX_ROOM:]
+            ids = self._prompts.rerank_prefix(row["query"]).ids[-room:]
             prefix[i, : len(ids)], prefix_length[i] = ids, len(ids)
             for j, candidate in enumerate(self._choose(row, count, rng)):
-                ids = self._prompts.rerank_suffix(row["candidates"][candidate]).ids[-SUFFIX_ROOM:]
+                ids = self._prompts.rerank_suffix(row["candidates"][candidate]).ids[-after:]
                 suffix[i, j, : len(ids)], suffix_length[i, j] = ids, len(ids)
                 labels[i, j] = row["labels"][candidate]
         return Lists(prefix, prefix_length, suffix, suffix_length, labels)
@@ -123,11 +133,11 @@ class RowSource:
 def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
     """[B C] yes-minus-no logits; a list's candidates share the pass over their prefix."""
     lists, count, room = batch.suffix.shape
-    columns = jnp.arange(PREFIX_ROOM)
+    columns = jnp.arange(batch.prefix.shape[1])
     _, (k, v) = model.forward(
         batch.prefix,
         valid=columns < batch.prefix_length[:, None],
-        positions=jnp.broadcast_to(columns, (lists, 3, PREFIX_ROOM)),
+        positions=jnp.broadcast_to(columns, (lists, 3, len(columns))),
     )
     lengths = jnp.repeat(batch.prefix_length, count)
     shared = KVCache(k=jnp.repeat(k, count, 1), v=jnp.repeat(v, count, 1), length=lengths)
@@ -148,18 +158,22 @@ def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
 
 def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
-    tokenizer = Tokenizer.from_dir(config.tokenizer)
-    prompts = PromptSet("mini", tokenizer)
+    whole = model_config(config.start).model_type == "qwen3"
+    tokenizer = Tokenizer.from_dir(config.start if whole else config.tokenizer)
+    prompts = PromptSet.from_dir(config.start) if whole else PromptSet("mini", tokenizer)
     yes, no = prompts.yes_id, prompts.no_id
     source = RowSource(config.rows, prompts, config)
 
     # --- model and optimiser ------------------------------------------------------------------
-    model = MultimodalLM(builtin.reranker_config(tokenizer), rngs=nnx.Rngs(config.seed))
-    start = hf.load(config.start).text
-    model.text.embed_vd[...] = start.embed_vd[...]
-    for name in model.text.layers.weights():
-        if hasattr(start.layers, name):  # not the norms of queries and keys
-            getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
+    if whole:
+        model = hf.load(config.start)
+    else:
+        model = MultimodalLM(builtin.reranker_config(tokenizer), rngs=nnx.Rngs(config.seed))
+        start = hf.load(config.start).text
+        model.text.embed_vd[...] = start.embed_vd[...]
+        for name in model.text.layers.weights():
+            if hasattr(start.layers, name):  # not the norms of queries and keys
+                getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
     tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
@@ -179,7 +193,11 @@ def main(config: Config) -> None:
         target = right / jnp.maximum(right.sum(1, keepdims=True), 1)
         listwise = jnp.sum(optax.softmax_cross_entropy(logits, target) * has) / jnp.sum(has)
         first = (right[jnp.arange(len(logits)), logits.argmax(1)] * has).sum() / has.sum()
-        return pointwise + listwise, {"bce": pointwise, "list": listwise, "first": first}
+        return pointwise + config.listwise * listwise, {
+            "bce": pointwise,
+            "list": listwise,
+            "first": first,
+        }
 
     @jax.jit(donate_argnums=(0, 1))
     def train_step(model, opt_state, batch):
@@ -215,7 +233,10 @@ def main(config: Config) -> None:
         if step % config.checkpoint_every == 0 or step == config.steps:
             checkpoints.save(step, (model, opt_state))
     checkpoints.close()
-    hf.export(model, config.out / "export")
+    if whole:
+        convert.export_like(model, config.start, config.out / "export")
+    else:
+        hf.export(model, config.out / "export")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
 from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
 from tte_jax.models.vision_qwen3 import DeepStackVisionTower
-from tte_jax.nn.linear import lookup
+from tte_jax.nn.linear import fold, lookup
 
 TOWERS: dict[type[VisionConfig], Any] = {
     VisionConfig: VisionTower,
@@ -51,7 +51,7 @@ class MultimodalLM(nnx.Module):
           plan: the arrays of `VisionPlan`, stacked over G; which ones depends on the tower.
         """
         out = self.visual(patches, *plan, remat=remat, unroll=unroll)
-        return out.reshape(-1, out.shape[-1])
+        return fold(out, -1, out.shape[-1])
 
     def forward(
         self,
@@ -87,7 +87,7 @@ class MultimodalLM(nnx.Module):
             x = jnp.where(here, features[..., :width], x)
             if vis.shape[-1] > width:
                 rest = jnp.where(here, features[..., width:], 0)
-                deep = jnp.moveaxis(rest.reshape(*x.shape[:2], -1, width), 2, 0)
+                deep = jnp.moveaxis(fold(rest, *x.shape[:2], -1, width), 2, 0)
         return self.text(
             x,
             positions=positions,

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
 from tte_jax.nn.attention import attend
-from tte_jax.nn.linear import explicit_spec, project
+from tte_jax.nn.linear import fold, project
 from tte_jax.nn.norms import layer_norm
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
@@ -39,13 +38,6 @@ def vision_attention(
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
     return project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
-
-
-def joined(x: Float[Array, "G P E"], wide: int) -> Float[Array, "G P/M W"]:
-    """Neighbouring patches' vectors in one row of `wide` values; packs stay split as they are."""
-    split = explicit_spec(x)
-    out = None if split is None else PartitionSpec(split[0], None, None)
-    return jnp.reshape(x, (x.shape[0], -1, wide), out_sharding=out)
 
 
 class VisionBlocks(nnx.Module):
@@ -137,7 +129,7 @@ class VisionTower(nnx.Module):
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
-        x = joined(x, c.embed_dim * c.merged)
+        x = fold(x, x.shape[0], -1, c.embed_dim * c.merged)
         x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
         x = jax.nn.gelu(x, approximate=False)
         return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]

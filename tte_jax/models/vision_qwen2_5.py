@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import WindowedVisionConfig
-from tte_jax.models.vision import joined, vision_attention, vision_rotary
-from tte_jax.nn.linear import project
+from tte_jax.models.vision import vision_attention, vision_rotary
+from tte_jax.nn.linear import fold, project
 from tte_jax.nn.norms import rms_norm
 
 RMS_EPS = 1e-6  # fixed in the reference implementation
@@ -103,7 +103,7 @@ class WindowedVisionTower(nnx.Module):
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, (self.blocks.weights(), full), unroll=unroll)
         x = rms_norm(x, self.merge_norm_e[...], RMS_EPS)
-        x = joined(x, c.embed_dim * c.merged)
+        x = fold(x, x.shape[0], -1, c.embed_dim * c.merged)
         x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
         x = jax.nn.gelu(x, approximate=False)
         return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]

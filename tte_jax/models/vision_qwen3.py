@@ -13,14 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import DeepStackVisionConfig
-from tte_jax.models.vision import (
-    LAYER_NORM_EPS,
-    VisionBlocks,
-    joined,
-    vision_attention,
-    vision_rotary,
-)
-from tte_jax.nn.linear import lookup, project
+from tte_jax.models.vision import LAYER_NORM_EPS, VisionBlocks, vision_attention, vision_rotary
+from tte_jax.nn.linear import fold, lookup, project
 from tte_jax.nn.norms import layer_norm
 
 
@@ -52,9 +46,9 @@ class Merger(nnx.Module):
     def __call__(self, x: Float[Array, "G P E"]) -> Float[Array, "G P/M D"]:
         """`norm_merged` says whether the norm is over the merged vector or over each patch."""
         if self.norm_merged:
-            x = joined(x, self.wide)
+            x = fold(x, x.shape[0], -1, self.wide)
         x = layer_norm(x, self.norm_e[...], self.norm_bias_e[...], LAYER_NORM_EPS)
-        x = joined(x, self.wide)
+        x = fold(x, x.shape[0], -1, self.wide)
         x = project("gpi,io->gpo", x, self.fc1_gg[...]) + self.fc1_bias_g[...]
         x = jax.nn.gelu(x, approximate=False)
         return project("gpi,id->gpd", x, self.fc2_gd[...]) + self.fc2_bias_d[...]

@@ -1,13 +1,14 @@
 """Products with weights and look-ups in tables: the one seam through which models read matrices.
 
-Two things are decided here so that model code needs not know them. A weight may be int8 with
-scales (`Int8Weight`). And on a mesh with explicit axis types every product has a sharding in its
-type, which JAX refuses to guess where both sides of a sum are split; `project` derives it.
+Three things are decided here so that model code needs not know them. A weight may be int8 with
+scales (`Int8Weight`). It may have an adapter that is being trained (`AdaptedWeight`). And on a mesh
+with explicit axis types every product has a sharding in its type, which JAX refuses to guess where
+both sides of a sum are split; `project` derives it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,41 @@ class Int8Weight:
         return self.q[index].astype(jnp.float32) * scale[index]
 
 
-Weight = Array | Int8Weight
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A weight with a LoRA or DoRA adapter beside it: what training sees (serving merges).
+
+        LoRA   y = x W + s dropout(x) A B
+        DoRA   y = (m / ‖W + s A B‖) (x W + s dropout(x) A B)   the norm, of each output, is a
+                                                                 constant to the gradient
+
+    Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, arXiv:2402.09353, section 4.3.
+
+    Attributes:
+      w: the weight [inputs..., outputs...], maybe behind a stacked L, as all others here.
+      a: [inputs..., R]; b: [R, outputs...]; rank R.
+      magnitude: [outputs...] of DoRA; None = LoRA.
+      key: of the dropout, one for each stacked layer; None = no dropout.
+      scale: s; rate: share of x that is dropped on the way into A.
+    """
+
+    w: Array
+    a: Array
+    b: Array
+    magnitude: Array | None = None
+    key: Array | None = None
+    scale: float = field(default=1.0, metadata={"static": True})
+    rate: float = field(default=0.0, metadata={"static": True})
+
+    def __getitem__(self, index: Any) -> AdaptedWeight:
+        """`[...]`, with which models read their parameters, is itself; there are no others."""
+        if index is not ...:
+            raise TypeError("rows of a weight with an adapter cannot be read; merge the adapter")
+        return self
+
+
+Weight = Array | Int8Weight | AdaptedWeight
 
 
 @partial(jax.jit, static_argnames="inputs")
@@ -73,12 +108,15 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
 
     Args:
       subscripts: two operands; no letter twice in one of them.
-      w: `Int8Weight`: its scales are applied to the product.
+      w: `Int8Weight`: its scales are applied to the product. `AdaptedWeight`: the adapter's
+        product is added in x's dtype.
       dtype: of the result; None = x's.
     """
     if isinstance(w, Int8Weight):
         product = _einsum(subscripts, x, w.q.astype(x.dtype), jnp.float32)
         return (product * _output_scale(subscripts, w)).astype(dtype or x.dtype)
+    if isinstance(w, AdaptedWeight):
+        return _adapted(subscripts, x, w, dtype)
     return _einsum(subscripts, x, w, dtype)
 
 
@@ -104,6 +142,19 @@ def gathered(x: Array, *, like: Array | None = None) -> Array:
         return x
     spec = () if like is None else explicit_spec(like) or ()
     return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def fold(x: Array, *shape: int) -> Array:
+    """`x.reshape(shape)` that changes trailing dimensions only; the first stays split as it is.
+
+    JAX refuses to guess where the shards of a reshaped dimension go. Here they stay: the new first
+    dimension is the old one, or the old one times what was folded into it.
+    """
+    spec = explicit_spec(x)
+    if spec is None or not any(spec):
+        return x.reshape(shape)
+    split = PartitionSpec(spec[0], *(None for _ in shape[1:]))
+    return jnp.reshape(x, shape, out_sharding=split)
 
 
 def explicit_spec(x: Array) -> tuple[Any, ...] | None:
@@ -135,6 +186,46 @@ def _product(subscripts: str, x: Array, w: Array) -> PartitionSpec | None:
     kept = dict(zip(letters_x, of_x, strict=True))
     split = {n: a for n, a in zip(letters_w, of_w, strict=True) if a == TENSOR_AXIS}
     return PartitionSpec(*(kept[n] if n in kept else split.get(n) for n in out))
+
+
+def _adapted(subscripts: str, x: Array, w: AdaptedWeight, dtype: Any) -> Array:
+    operands, out = subscripts.split("->")
+    letters_x, letters_w = operands.split(",")
+    inputs = "".join(n for n in letters_w if n not in out)
+    outputs = "".join(n for n in letters_w if n in out)
+    kept = "".join(n for n in letters_x if n in out)
+    assert letters_w == inputs + outputs and out == kept + outputs, subscripts
+    rank = next(n for n in "rzy" if n not in letters_x + letters_w)
+    a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+    seen = x
+    if w.key is not None and w.rate > 0:
+        keep = jax.random.bernoulli(w.key, 1 - w.rate, x.shape, **_like(x))
+        seen = jnp.where(keep, x / (1 - w.rate), 0).astype(x.dtype)
+    inner = _einsum(f"{letters_x},{inputs}{rank}->{kept}{rank}", seen, a, None)
+    added = _einsum(f"{kept}{rank},{rank}{outputs}->{out}", inner, b, dtype)
+    product = _einsum(subscripts, x, w.w, dtype) + w.scale * added
+    if w.magnitude is None:
+        return product
+    change = jnp.einsum(f"{inputs}{rank},{rank}{outputs}->{letters_w}", w.a, w.b)
+    merged = jax.lax.stop_gradient(w.w.astype(jnp.float32) + w.scale * change)
+    norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(len(inputs)))))
+    return product * split_like(w.magnitude / norm, product).astype(product.dtype)
+
+
+def _like(x: Array) -> dict[str, Any]:
+    """Where random values for x go: with x."""
+    spec = explicit_spec(x)
+    if spec is None:
+        return {}
+    return {"out_sharding": NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))}
+
+
+def split_like(vector: Array, product: Array) -> Array:
+    """`vector`, a value for each output, split as the last dimensions of a product are."""
+    spec = explicit_spec(product)
+    if spec is None or explicit_spec(vector) is None:
+        return vector
+    return jax.sharding.reshard(vector, PartitionSpec(*spec[-vector.ndim :]))
 
 
 def _output_scale(subscripts: str, w: Int8Weight) -> Array:

@@ -96,6 +96,35 @@ def convert(
     return Converted(target, into, kept, parameters, size, files)
 
 
+def export_like(
+    model: MultimodalLM, like: str | Path, out: str | Path, *, dtype: str | None = None
+) -> Path:
+    """Write a trained model to `out` as a whole Hugging Face directory.
+
+    Args:
+      like: directory of the model that it was trained from, of the same shapes: configuration,
+        tokenizer and whatever else is not a weight are copied from there.
+      out: appears when it is complete; a model that is there already is replaced.
+      dtype: one of `DTYPES`; None = that of the files of `like`.
+
+    Raises:
+      InvalidInputError: `out` is `like`, holds it, or holds something that is no model.
+    """
+    target, found = Path(out).expanduser(), source.Source(Path(like))
+    _check_target(target, found, force=True)
+    kept = dtype or _stored_dtype(found.directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp"))
+    try:
+        _copy_beside(found, work, kept)
+        hf.export(model, work, dtype=jax.numpy.dtype(kept))
+        work.chmod(0o755)
+        _put(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
 def _write(
     model: MultimodalLM, directory: Path, into: str, dtype: str, shard_bytes: int
 ) -> tuple[str, ...]:

@@ -1,0 +1,101 @@
+"""Which process of which job this is: Slurm's and JobSet's environments, and options."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from training import configuration, contrastive, sft
+from training.launch import FIRST_PORT, Job, find, first_host
+from tte_jax.errors import InvalidInputError
+from tte_jax.sharding import parse_mesh
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[003-005,9],login", "gpu003"),
+        ("a1,b[2-3]", "a1"),
+        ("rack[1-2]-gpu,x", "rack1-gpu"),
+        ("node-a.cluster,node-b.cluster", "node-a.cluster"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", "gpu[1-2", ",a"])
+def test_a_node_list_that_is_not_understood(nodes: str) -> None:
+    with pytest.raises(InvalidInputError, match="--job.coordinator"):
+        first_host(nodes)
+
+
+def test_slurm() -> None:
+    env = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_ID": "4097"}
+    found = find(Job(), env | {"SLURM_STEP_NODELIST": "n[2-3]"})
+    assert found == Job(f"n2:{FIRST_PORT + 1}", 16, 3)
+    assert find(Job(), {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+def test_jobset_and_options_before_it() -> None:
+    env = {"TTE_COORDINATOR": "a-0-0.a:8476", "TTE_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
+    assert find(Job(), env) == Job("a-0-0.a:8476", 4, 2)
+    assert find(Job("h:1", 2, 0), env) == Job("h:1", 2, 0)
+    assert find(Job(), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "env"),
+    [
+        (Job("host:1", 2, 2), {}),
+        (Job("host", 2, 0), {}),
+        (Job(), {"TTE_COORDINATOR": "h:1"}),
+        (Job(), {"TTE_COORDINATOR": "h:1", "TTE_PROCESSES": "two"}),
+    ],
+)
+def test_half_a_job_is_an_error(given: Job, env: dict[str, str]) -> None:
+    with pytest.raises(InvalidInputError):
+        find(given, env)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("jobset/*.yaml")), ids=lambda f: f.name)
+def test_a_jobset_says_the_same_everywhere(file: Path) -> None:
+    made: dict[str, Any] = yaml.safe_load(file.read_text())
+    (job,) = made["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    env = {one["name"]: one["value"] for one in container["env"]}
+    name = f"{made['metadata']['name']}-{job['name']}-0-0.{made['metadata']['name']}"
+    found = find(Job(), env | {"JOB_COMPLETION_INDEX": "1"})
+    assert found == Job(f"{name}:8476", spec["parallelism"], 1)
+    assert spec["completions"] == spec["parallelism"] and spec["completionMode"] == "Indexed"
+    config = configuration.parse(contrastive.PRESETS, "", container["args"])
+    (devices,) = container["resources"]["limits"].values()
+    sizes = parse_mesh(config.mesh)
+    assert sizes["data"] * sizes["fsdp"] * sizes["tp"] == found.processes * int(devices)
+    assert config.global_batch == 8192 and config.steps == 625
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("slurm/*.sbatch")), ids=lambda f: f.name)
+def test_a_batch_file_is_a_shell_script(file: Path) -> None:
+    subprocess.run(["bash", "-n", file], check=True)
+    assert "--signal=TERM@" in file.read_text()
+
+
+def test_presets_are_the_recipe() -> None:
+    for name, model in (("paper-2b", "2B"), ("paper-7b", "7B")):
+        made = configuration.parse(contrastive.PRESETS, "", ["--config", name, "--seed", "3"])
+        assert model in made.model and made.seed == 3
+        assert (made.global_batch, made.temperature) == (8192, 0.02)
+        assert (made.tuning.method, made.tuning.rank, made.tuning.alpha) == ("lora", 16, 64)
+        assert made.global_batch % made.sub_batch == 0
+    assert configuration.parse(sft.PRESETS, "", ["--config=paper-2b"]).optimiser.lr == 2e-5
+    with pytest.raises(InvalidInputError, match="builtin, paper-2b, paper-7b"):
+        configuration.parse(contrastive.PRESETS, "", ["--config", "big"])
