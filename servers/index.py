@@ -48,7 +48,7 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
     @property
     def live_documents(self) -> float:
         """For the metrics; 0 before the corpus is open."""
-        return 0.0 if self._opened is None else float(self._opened.index.live.view.live)
+        return 0.0 if self._opened is None else float(self._opened.index.vectors.documents)
 
     @property
     def _stage(self) -> LocalIndex:
