@@ -84,6 +84,23 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
         )
         return convert.index_search_response(hits, usage)
 
+    async def SearchBatch(
+        self, request: index_pb2.SearchBatchRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.SearchBatchResponse:
+        vectors, k, condition = convert.search_batch_arguments(request)
+        found, usage = await self._stage.search_batch(
+            vectors,
+            k=k,
+            filter=condition,
+            embedder_version=request.embedder_version,
+            ids_only=request.ids_only,
+            timeout_s=_left(context),
+        )
+        if request.ids_only:
+            return convert.search_batch_response(found, usage, ids_only=True)
+        # Thousands of reasonings, too much to encode on the event loop.
+        return await asyncio.to_thread(convert.search_batch_response, found, usage, ids_only=False)
+
     async def Get(
         self, request: index_pb2.GetRequest, context: grpc.aio.ServicerContext
     ) -> index_pb2.GetResponse:
