@@ -26,6 +26,8 @@ from tte_jax.index.protocol import Searcher
 CANARY_KS = (10, 50)
 OVERFETCH = 2.0
 OVERFETCH_ROWS = 50
+# Where every row may be an answer, only ties with the k-th are fetched in excess.
+TIE_ROWS = 10
 
 
 class Asked(NamedTuple):
@@ -76,6 +78,8 @@ class QuerySample:
 
 def wanted_rows(k: int, share: float = 1.0) -> int:
     """How many rows to ask of a searcher when `share` of its rows may be answers."""
+    if share == 1.0:
+        return k + TIE_ROWS
     return math.ceil(OVERFETCH * k / share) + OVERFETCH_ROWS
 
 

@@ -8,7 +8,7 @@ searcher is built once and never changed, and nothing of it is written to disk.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scann import scann_ops_pybind
@@ -18,20 +18,37 @@ MINIMUM_ROWS = 256
 _DIMENSIONS_PER_BLOCK = 2
 _ANISOTROPIC_THRESHOLD = 0.2
 _TRAINING_ROWS = 100_000
-_REORDER = 100
-_MAX_REORDER = 3200
+# How hard a searcher can try: shares of the tree's leaves, and rows scored exactly after hashing.
+_SHARES = tuple(2 ** (-i / 2) for i in range(16, -1, -1))  # 1/256 to 1
+_REORDERS = (50, 100, 200, 400, 800, 1600, 3200)
+# Reading a row's vector out of memory to score it costs as much as scanning the codes of so many.
+_CODES_PER_REORDER = 20
 # Fewer queries are not worth handing to other threads.
 _QUERIES_PER_THREAD = 4
+
+
+class Effort(NamedTuple):
+    """How hard a search tries: leaves of the tree that are scanned (0 = there is no tree), and rows
+    that are scored exactly."""
+
+    leaves: int
+    reorder: int
 
 
 class ScannSearcher:
     """Asymmetric hashing with exact reordering; with a partitioning tree for large corpora.
 
+    It begins with the least effort; `search_harder` takes the next of `efforts`.
+
     Args:
       vectors: [N, D] float32, L2-normalised, N ≥ `MINIMUM_ROWS`. ScaNN keeps its own copy.
-      tree: whether to partition; ScaNN's advice, and our measurement, is not below 100k rows.
+      tree: whether to partition.
       threads: training threads.
       search_threads: threads that share a batch of queries; a single query uses its caller's.
+
+    Attributes:
+      efforts: what it can be set to, by rising cost.
+      effort: what it is set to; not to be changed while it serves.
     """
 
     def __init__(
@@ -42,24 +59,24 @@ class ScannSearcher:
             raise ValueError(f"ScaNN needs at least {MINIMUM_ROWS} rows, got {rows}")
         self.kind = "scann-tree-ah" if tree else "scann-ah"
         self._rows = rows
-        self._reorder = _REORDER
-        self._leaves = max(2, round(math.sqrt(rows))) if tree else 0
-        self._leaves_to_search = max(1, math.ceil(self._leaves / 4))
+        leaves = max(2, round(math.sqrt(rows))) if tree else 0
+        self.efforts = efforts(rows, leaves)
+        self.effort = self.efforts[0]
         # ScaNN's builder methods are decorated in a way that hides their types.
         builder: Any = scann_ops_pybind.builder(
             np.ascontiguousarray(vectors, dtype=np.float32), 10, "dot_product"
         )
         if tree:
             builder = builder.tree(
-                self._leaves,
-                self._leaves_to_search,
+                leaves,
+                leaves,
                 training_sample_size=min(rows, _TRAINING_ROWS),
             )
         builder = builder.score_ah(
             _DIMENSIONS_PER_BLOCK,
             anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD,
             training_sample_size=min(rows, _TRAINING_ROWS),
-        ).reorder(_REORDER)
+        ).reorder(_REORDERS[0])
         self._searcher = builder.set_n_training_threads(threads).build()
         self._threads = search_threads
         self._searcher.set_num_threads(search_threads)
@@ -70,8 +87,8 @@ class ScannSearcher:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         wanted = (
             count,
-            min(self._rows, max(self._reorder, 2 * count)),
-            self._leaves_to_search if self._leaves else -1,
+            min(self._rows, max(self.effort.reorder, 2 * count)),
+            self.effort.leaves or -1,
         )
         if len(queries) == 1:
             rows, scores = self._searcher.search(queries[0], *wanted)
@@ -88,11 +105,21 @@ class ScannSearcher:
         return np.where(missing, -1, rows.astype(np.int64)), np.where(missing, -np.inf, scores)
 
     def search_harder(self) -> bool:
-        """Double the leaves searched and the rows reordered; False when both are at their end."""
-        leaves = min(self._leaves, 2 * self._leaves_to_search)
-        reorder = min(_MAX_REORDER, 2 * self._reorder, self._rows)
-        if (not self._leaves or leaves == self._leaves_to_search) and reorder == self._reorder:
+        """Take the next of `efforts`; False at their end."""
+        after = self.efforts.index(self.effort) + 1
+        if after == len(self.efforts):
             return False
-        self._leaves_to_search = leaves if self._leaves else self._leaves_to_search
-        self._reorder = reorder
+        self.effort = self.efforts[after]
         return True
+
+
+def efforts(rows: int, leaves: int) -> list[Effort]:
+    """What a searcher over `rows` rows in `leaves` leaves can do, by rising cost."""
+    scanned = sorted({max(1, round(share * leaves)) for share in _SHARES}) if leaves else [0]
+    reordered = sorted({min(reorder, rows) for reorder in _REORDERS})
+
+    def cost(effort: Effort) -> tuple[float, int]:
+        share = effort.leaves / leaves if leaves else 1.0
+        return share * rows + effort.reorder * _CODES_PER_REORDER, effort.leaves
+
+    return sorted((Effort(s, r) for s in scanned for r in reordered), key=cost)
