@@ -78,8 +78,12 @@ class ScannSearcher:
             training_sample_size=min(rows, _TRAINING_ROWS),
         ).reorder(_REORDERS[0])
         self._searcher = builder.set_n_training_threads(threads).build()
-        self._threads = search_threads
-        self._searcher.set_num_threads(search_threads)
+        self.share_batches(search_threads)
+
+    def share_batches(self, threads: int) -> None:
+        """Let so many threads work on a batch of queries."""
+        self._threads = threads
+        self._searcher.set_num_threads(threads)
 
     def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.propose`; a tree may return fewer rows than asked for."""
