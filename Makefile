@@ -15,7 +15,8 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test crash lint format types protos breaking bench bench-engine parity clean
+.PHONY: help install serve demo test crash lint format types protos breaking bench \
+  bench-engine bench-index parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -27,6 +28,7 @@ help:
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
 	@echo "make bench     measure, see benchmarks/"
 	@echo "make bench-engine  the engine against PyTorch, its services and the machine"
+	@echo "make bench-index  the index against FAISS, hnswlib and usearch (BENCH_ARGS: options)"
 	@echo "make parity    every model family against transformers"
 	@echo "make install   only make .venv with everything for development"
 	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
@@ -96,6 +98,14 @@ bench: $(VENV)/.installed
 
 bench-engine: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.engine
+
+# 100k and 1M vectors take long, most of it for the others' graphs; built indices are kept, and an
+# interrupted run goes on: BENCH_ARGS="--sizes 100000" for less.
+BENCH_ARGS ?=
+bench-index: $(VENV)/.installed
+	$(BIN)/python -c 'import faiss, hnswlib, usearch' 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m benchmarks.index $(BENCH_ARGS)
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.parity

@@ -169,6 +169,54 @@ def index_search_response(
     )
 
 
+def search_batch_arguments(
+    request: index_pb2.SearchBatchRequest,
+) -> tuple[np.ndarray, int, Filter | None]:
+    """(vectors [Q, D] float32, k, filter)."""
+    _check_count(request.vectors, "vectors", limits.MAX_SEARCH_VECTORS)
+    _check_range(request.k, 1, limits.MAX_CANDIDATES, "k")
+    if (hits := len(request.vectors) * request.k) > limits.MAX_SEARCH_HITS:
+        raise InvalidInputError(
+            f"{len(request.vectors)} vectors with k {request.k} may find {hits} hits: one call "
+            f"answers at most {limits.MAX_SEARCH_HITS}. Send fewer vectors or a smaller k.",
+            field="vectors",
+            limit=limits.MAX_SEARCH_HITS,
+        )
+    vectors = [codec.decode_vector(v, f"vectors[{i}]") for i, v in enumerate(request.vectors)]
+    for i, vector in enumerate(vectors):
+        if len(vector) != len(vectors[0]):
+            raise InvalidInputError(
+                f"vectors[{i}] has dimension {len(vector)}, vectors[0] has {len(vectors[0])}: "
+                "vectors of one batch have one dimension",
+                field=f"vectors[{i}].dimension",
+            )
+    condition = (
+        codec.decode_filter(request.filter, "filter") if request.HasField("filter") else None
+    )
+    return np.stack(vectors), request.k, condition
+
+
+def search_batch_response(
+    found: Sequence[Sequence[Hit]], usage: Usage, *, ids_only: bool
+) -> index_pb2.SearchBatchResponse:
+    """Raises InvalidInputError when the hits do not fit into a message."""
+    encode = codec.encode_bare_hit if ids_only else codec.encode_hit
+    response = index_pb2.SearchBatchResponse(
+        results=[index_pb2.SearchBatchResult(hits=[encode(h) for h in hits]) for hits in found],
+        usage=codec.encode_usage(usage),
+    )
+    # Ids alone always fit: there are at most 16,384.
+    if not ids_only and (size := response.ByteSize()) > limits.MAX_MESSAGE_BYTES:
+        raise InvalidInputError(
+            f"the hits of {len(found)} vectors are {size} bytes together, a message holds "
+            f"{limits.MAX_MESSAGE_BYTES}: send fewer vectors, or set ids_only",
+            field="vectors",
+            reason="RESPONSE_TOO_LARGE",
+            bytes=size,
+        )
+    return response
+
+
 def staged_vectors(request: index_pb2.StageVectorsRequest) -> list[StagedVector]:
     """The vectors of the request, one for each id."""
     return _batch(request.vectors, "vectors", _staged_vector)

@@ -48,7 +48,7 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
     @property
     def live_documents(self) -> float:
         """For the metrics; 0 before the corpus is open."""
-        return 0.0 if self._opened is None else float(self._opened.index.live.view.live)
+        return 0.0 if self._opened is None else float(self._opened.index.vectors.documents)
 
     @property
     def _stage(self) -> LocalIndex:
@@ -83,6 +83,23 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             timeout_s=_left(context),
         )
         return convert.index_search_response(hits, usage)
+
+    async def SearchBatch(
+        self, request: index_pb2.SearchBatchRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.SearchBatchResponse:
+        vectors, k, condition = convert.search_batch_arguments(request)
+        found, usage = await self._stage.search_batch(
+            vectors,
+            k=k,
+            filter=condition,
+            embedder_version=request.embedder_version,
+            ids_only=request.ids_only,
+            timeout_s=_left(context),
+        )
+        if request.ids_only:
+            return convert.search_batch_response(found, usage, ids_only=True)
+        # Thousands of reasonings, too much to encode on the event loop.
+        return await asyncio.to_thread(convert.search_batch_response, found, usage, ids_only=False)
 
     async def Get(
         self, request: index_pb2.GetRequest, context: grpc.aio.ServicerContext

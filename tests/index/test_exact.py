@@ -8,8 +8,8 @@ from tte_jax.index import exact
 
 
 def _search(vectors, query, k, ids, rows=None):
-    rows = exact.propose(vectors, query, k, rows)
-    scores = exact.score(vectors, query, rows)
+    of, rows = exact.propose(vectors, query[None], k, rows)
+    scores = exact.score(vectors, query[None], of, rows)
     return [(id, score) for _, id, score in exact.rank(scores, lambda i: ids[rows[i]], k)]
 
 
@@ -47,10 +47,12 @@ def test_equal_vectors_tie_exactly_wherever_they_stand_and_the_lowest_ids_win():
 def test_scores_are_chunked_without_a_seam(monkeypatch):
     rng = np.random.default_rng(1)
     vectors = random_units(rng, 50, 8)
-    whole = exact.score(vectors, vectors[3], np.arange(50))
+    queries = vectors[2:4]
+    of, rows = np.repeat([0, 1], 25), np.arange(50)
+    whole = exact.score(vectors, queries, of, rows)
     monkeypatch.setattr(exact, "_CHUNK_ROWS", 7)
-    np.testing.assert_array_equal(exact.score(vectors, vectors[3], np.arange(50)), whole)
-    np.testing.assert_allclose(whole, vectors @ vectors[3], atol=1e-6)
+    np.testing.assert_array_equal(exact.score(vectors, queries, of, rows), whole)
+    np.testing.assert_allclose(whole, (vectors * queries[of]).sum(axis=1), atol=1e-6)
 
 
 def test_scores_closer_than_float32_can_tell_are_decided_in_float64():
@@ -61,3 +63,20 @@ def test_scores_closer_than_float32_can_tell_are_decided_in_float64():
     query = (base[0] + 0.02 * rng.standard_normal(300)).astype(np.float32)
     query /= np.linalg.norm(query)
     assert _search(vectors, query, 10, ids) == _oracle(vectors, query, 10, ids)
+
+
+@pytest.mark.parametrize("rows", [None, "few", "many"])
+def test_a_batch_proposes_for_each_query_what_it_proposes_alone(rows, monkeypatch):
+    rng = np.random.default_rng(4)
+    vectors, queries = random_units(rng, 300, 16), random_units(rng, 9, 16)
+    chosen = {None: None, "few": np.arange(0, 300, 7), "many": np.arange(0, 300, 2)}[rows]
+    # Two queries at a time, and gathered rows in several chunks.
+    monkeypatch.setattr(exact, "_MOST_SCORES", 600)
+    monkeypatch.setattr(exact, "_CHUNK_ROWS", 32)
+    of, found = exact.propose(vectors, queries, 5, chosen)
+    assert (np.diff(of) >= 0).all()
+    for i, query in enumerate(queries):
+        _, alone = exact.propose(vectors, query[None], 5, chosen)
+        assert set(found[of == i]) == set(alone)
+    of, found = exact.propose(vectors, queries, 400, chosen)
+    assert len(found) == len(queries) * (300 if chosen is None else len(chosen))

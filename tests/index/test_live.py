@@ -9,7 +9,6 @@ from tests.index.documents import random_units, unit
 from tte_jax.corpus.records import Removed, Stored
 from tte_jax.errors import PreconditionError
 from tte_jax.filters import Range
-from tte_jax.index import exact
 from tte_jax.index.generation import Rows
 from tte_jax.index.live import IndexConfig, LiveIndex
 
@@ -214,8 +213,10 @@ class Nearsighted:
         self.vectors = vectors
         self.seen = len(vectors) // 2
 
-    def propose(self, query: np.ndarray, count: int) -> np.ndarray:
-        return exact.propose(self.vectors[: self.seen], query, count)
+    def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = queries @ self.vectors[: self.seen].T
+        rows = np.argsort(-scores, axis=1)[:, :count]
+        return rows, np.take_along_axis(scores, rows, axis=1)
 
     def search_harder(self) -> bool:
         before, self.seen = self.seen, len(self.vectors)
@@ -233,7 +234,7 @@ def test_queries_that_a_searcher_answers_badly_make_it_drift_and_the_next_one_is
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = Rows([f"d{i:03d}" for i in range(600)], vectors, np.arange(1, 601), [{}] * 600)
     live = LiveIndex(rows, sequence=600, config=IndexConfig(exact_below=1, check_every=8))
-    monkeypatch.setattr("tte_jax.index.scann_index.ScannSearcher", lambda v, **k: Nearsighted(v))
+    monkeypatch.setattr("tte_jax.index.scann_searcher.ScannSearcher", lambda v, **k: Nearsighted(v))
     monkeypatch.setattr("tte_jax.index.recall._canaries", lambda v, count: v[:16])
     assert live.rebuild().kind == "nearsighted"
     assert not live.needs_recall_check()

@@ -10,7 +10,7 @@ from tte_jax.index import exact
 from tte_jax.index.generation import Rows
 from tte_jax.index.live import IndexConfig, LiveIndex
 from tte_jax.index.recall import check_recall
-from tte_jax.index.scann_index import MINIMUM_ROWS, ScannSearcher
+from tte_jax.index.scann_searcher import MINIMUM_ROWS, ScannSearcher
 
 
 @pytest.mark.parametrize("tree", [False, True])
@@ -23,7 +23,7 @@ def test_recall_on_clustered_data(tree):
     hits = 0
     for query in queries:
         truth = np.argsort(-(vectors @ query), kind="stable")[:10]
-        found = searcher.propose(query, 70)
+        found = searcher.propose(query[None], 70)[0][0]
         assert len(set(found.tolist())) == len(found)
         hits += len(set(truth.tolist()) & set(found.tolist()))
     assert hits / (10 * len(queries)) >= 0.95
@@ -38,7 +38,7 @@ def test_searching_harder_ends_at_a_full_search():
     while searcher.search_harder():
         pass
     assert check_recall(searcher, vectors, canaries=40, floor=0.0) > 0.99
-    assert len(searcher.propose(vectors[0], 600)) == 600
+    assert len(searcher.propose(vectors[:1], 600)[0][0]) == 600
 
 
 def test_refuses_too_few_rows():
@@ -51,8 +51,8 @@ class Blind:
 
     kind = "blind"
 
-    def propose(self, query, count):
-        return np.zeros(1, np.int64)
+    def propose(self, queries, count):
+        return np.full((len(queries), 1), -1), np.full((len(queries), 1), -np.inf, np.float32)
 
     def search_harder(self):
         return False
@@ -63,7 +63,7 @@ def test_a_searcher_below_the_recall_floor_never_serves(monkeypatch):
     vectors = random_units(rng, 400, 8)
     rows = Rows([f"d{i}" for i in range(400)], vectors, np.arange(1, 401), [{}] * 400)
     live = LiveIndex(rows, sequence=400, config=IndexConfig(exact_below=1))
-    monkeypatch.setattr("tte_jax.index.scann_index.ScannSearcher", lambda *a, **k: Blind())
+    monkeypatch.setattr("tte_jax.index.scann_searcher.ScannSearcher", lambda *a, **k: Blind())
     report = live.rebuild()
     assert report.kind == "exact"
     assert live.search(vectors[7], 1)[0].id == "d7"
@@ -84,8 +84,8 @@ def test_filters_equal_brute_force_through_scann(share, tree_from):
     assert live.rebuild().kind.startswith("scann")
     wanted = found = 0
     for query in queries:
-        truth = exact.propose(vectors, query, 10, np.flatnonzero(chosen))
-        best = sorted(exact.score(vectors, query, truth).tolist(), reverse=True)[:10]
+        of, truth = exact.propose(vectors, query[None], 10, np.flatnonzero(chosen))
+        best = np.sort(exact.score(vectors, query[None], of, truth))[::-1][:10].tolist()
         hits = live.search(query, 10, Equals("in", True))
         assert len(hits) == len(best)
         assert all(hit.metadata == {"in": True} for hit in hits)
@@ -143,3 +143,70 @@ def test_tombstones_and_the_delta_stand_in_front_of_scann():
     assert live.needs_rebuild() is False  # below the absolute limit of 2048 rows
     live.rebuild()
     assert [hit.id for hit in live.search(query, 1000)] == found
+
+
+@pytest.mark.parametrize("share", [None, 0.05, 0.5])
+@pytest.mark.parametrize("kind", ["exact", "scann-ah", "scann-tree-ah"])
+def test_a_batch_answers_what_each_query_alone_is_answered(kind, share):
+    rng = np.random.default_rng(11)
+    count = 1500
+    points = clustered_units(rng, count + 40, 24)
+    vectors, queries = points[:count], points[count:]
+    vectors[900:] = vectors[:600]  # ties
+    chosen = rng.random(count) < (share or 1)
+    rows = Rows(
+        [f"{i:05d}" for i in rng.permutation(count)],
+        vectors,
+        np.arange(1, count + 1),
+        [{"in": bool(c)} for c in chosen],
+    )
+    config = IndexConfig(
+        exact_below=count + 1 if kind == "exact" else 1,
+        tree_from=1 if kind == "scann-tree-ah" else count + 1,
+        search_threads=2,
+    )
+    live = LiveIndex(rows, sequence=count, config=config)
+    assert live.rebuild().kind == kind
+    live.apply(
+        [
+            Removed(count + 1, rows.ids[3]),
+            Stored(count + 2, "new", queries[0], {"in": True}),
+            Stored(count + 3, rows.ids[4], queries[1], {"in": True}),
+        ]
+    )
+    condition = None if share is None else Equals("in", True)
+    for k in (1, 10, 700):
+        together = live.search_batch(queries, k, condition)
+        alone = [live.search(query, k, condition) for query in queries]
+        for one, other in zip(together, alone, strict=True):
+            assert [f.cosine for f in one] == sorted((f.cosine for f in one), reverse=True)
+            assert len(one) == len(other) == len({f.id for f in one})
+        if kind == "exact":
+            assert together == alone
+        else:
+            # ScaNN's batches score in another order, so near the end they may find other rows.
+            pairs = zip(together, alone, strict=True)
+            same = sum(len({f.id for f in one} & {f.id for f in other}) for one, other in pairs)
+            assert same >= 0.9 * sum(map(len, alone))
+    assert together[0][0].id == "new"
+    assert live.search_batch(queries[:0], 3) == []
+
+
+def test_a_batch_finds_what_brute_force_finds():
+    rng = np.random.default_rng(12)
+    points = clustered_units(rng, 4064, 32)
+    vectors, queries = points[:4000], points[4000:]
+    rows = Rows([f"{i:05d}" for i in range(4000)], vectors, np.arange(1, 4001), [{}] * 4000)
+    live = LiveIndex(rows, sequence=4000, config=IndexConfig(exact_below=1, tree_from=1))
+    live.rebuild()
+    truth = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    found = live.search_batch(queries, 10)
+    right = sum(
+        len({f.id for f in some} & {f"{i:05d}" for i in best})
+        for some, best in zip(found, truth, strict=True)
+    )
+    assert right / truth.size >= 0.95
+    wide = queries.astype(np.float64)
+    for query, some in zip(wide, found, strict=True):
+        for hit in some:
+            assert hit.cosine == np.float32((vectors[int(hit.id)] * query).sum())

@@ -19,10 +19,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from servers import index as index_service
 from servers import runtime
-from servers.settings import Settings
 from tests.index.documents import make_entry, random_units, unit
+from tests.servers.index_in_process import listening
 from tte.v1 import index_pb2, index_pb2_grpc
 from tte_jax import codec, limits
 from tte_jax.content import Media, Text
@@ -33,22 +32,12 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.asynccontextmanager
 async def serving(data_dir: Path) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
-    stop = asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    settings = Settings(service="index", port=0, grace_s=5.0, data_dir=data_dir)
-    task = asyncio.create_task(
-        runtime.serve(settings, index_service.create, stop=stop, ready=port.set_result)
-    )
-    await asyncio.wait({task, port}, return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        task.result()
     options = [("grpc.max_receive_message_length", 2 * limits.MAX_MESSAGE_BYTES)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port.result()}", options=options) as channel:
-        try:
-            yield index_pb2_grpc.IndexServiceStub(channel)
-        finally:
-            stop.set()
-            await task
+    async with (
+        listening(data_dir) as address,
+        grpc.aio.insecure_channel(address, options=options) as channel,
+    ):
+        yield index_pb2_grpc.IndexServiceStub(channel)
 
 
 @pytest.fixture

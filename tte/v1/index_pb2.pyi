@@ -291,6 +291,102 @@ class IndexServiceSearchResponse(_message.Message):
 Global___IndexServiceSearchResponse: _TypeAlias = IndexServiceSearchResponse  # noqa: Y015
 
 @_typing.final
+class SearchBatchRequest(_message.Message):
+    """Request of `SearchBatch`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTORS_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EMBEDDER_VERSION_FIELD_NUMBER: _builtins.int
+    IDS_ONLY_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """How many documents at most for each vector, 1 to 1,000; vectors times k is at most 16,384."""
+    embedder_version: _builtins.str
+    """Version of the embedder that made the vectors, as in `IndexServiceSearchRequest`."""
+    ids_only: _builtins.bool
+    """True leaves the hits' reasoning and metadata out, which then need not be read."""
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedCompositeFieldContainer[_vector_pb2.Vector]:
+        """1 to 256 query embeddings, all of one dimension."""
+
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Only documents that match; unset = all. It holds for every vector."""
+
+    def __init__(
+        self,
+        *,
+        vectors: _abc.Iterable[_vector_pb2.Vector] | None = ...,
+        k: _builtins.int = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        embedder_version: _builtins.str = ...,
+        ids_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedder_version", b"embedder_version", "filter", b"filter", "ids_only", b"ids_only", "k", b"k", "vectors", b"vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchBatchRequest: _TypeAlias = SearchBatchRequest  # noqa: Y015
+
+@_typing.final
+class SearchBatchResult(_message.Message):
+    """What one vector of a `SearchBatch` found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
+        """By falling cosine, ties by document id. Fewer than k when fewer match."""
+
+    def __init__(
+        self,
+        *,
+        hits: _abc.Iterable[Global___Hit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchBatchResult: _TypeAlias = SearchBatchResult  # noqa: Y015
+
+@_typing.final
+class SearchBatchResponse(_message.Message):
+    """Response of `SearchBatch`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchBatchResult]:
+        """One for each vector, in the order of the request."""
+
+    @_builtins.property
+    def usage(self) -> _usage_pb2.Usage:
+        """What the whole batch cost."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___SearchBatchResult] | None = ...,
+        usage: _usage_pb2.Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchBatchResponse: _TypeAlias = SearchBatchResponse  # noqa: Y015
+
+@_typing.final
 class GetRequest(_message.Message):
     """Request of `Get`."""
 

@@ -112,6 +112,11 @@ def encode_hit(hit: Hit) -> index_pb2.Hit:
     )
 
 
+def encode_bare_hit(hit: Hit) -> index_pb2.Hit:
+    """Id and cosine only."""
+    return index_pb2.Hit(id=hit.id, cosine=hit.cosine)
+
+
 def decode_hit(message: index_pb2.Hit) -> Hit:
     """`cosine` has float32 precision."""
     return Hit(

@@ -1,10 +1,10 @@
 """Nearest-neighbour search that follows a durable corpus write by write."""
 
-from tte_jax.index.live import IndexConfig, LiveIndex, RebuildReport
+from tte_jax.index.corpus_index import CorpusIndex
+from tte_jax.index.live import IndexConfig, LiveIndex
 from tte_jax.index.local_index import LocalIndex
-from tte_jax.index.protocol import Searcher
-from tte_jax.index.reports import IndexStats
-from tte_jax.index.service_index import CorpusIndex
+from tte_jax.index.protocol import Searcher, VectorIndex
+from tte_jax.index.reports import IndexStats, RebuildReport
 
 __all__ = [
     "CorpusIndex",
@@ -14,4 +14,5 @@ __all__ = [
     "LocalIndex",
     "RebuildReport",
     "Searcher",
+    "VectorIndex",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,17 +18,19 @@ from tte_jax.index.generation import Rows
 from tte_jax.index.recovery import SNAPSHOTS, recover
 
 
-def problems(store: CorpusStore, rows: Rows, media: MediaStore | None) -> list[str]:
-    """What differs between the database and the index's live rows; empty = nothing.
+def problems(
+    store: CorpusStore, differences: Callable[[], Iterable[str]], media: MediaStore | None
+) -> list[str]:
+    """What is wrong with the database, the index and the media; empty = nothing.
 
     Args:
       store: the truth.
-      rows: the live rows of the index.
+      differences: says what differs between the database and the index.
       media: also read every media file that a document names and check its hash.
     """
     found = list(database_problems(store))
     try:
-        found += _differences(store, rows)
+        found += differences()
     except DataLossError as exc:
         if exc.message not in found:
             found.append(exc.message)
@@ -36,7 +39,8 @@ def problems(store: CorpusStore, rows: Rows, media: MediaStore | None) -> list[s
     return found
 
 
-def _differences(store: CorpusStore, rows: Rows) -> list[str]:
+def differences(store: CorpusStore, rows: Rows) -> list[str]:
+    """What differs between the database and the live rows of an index in memory."""
     found: list[str] = []
     indexed = {id: i for i, id in enumerate(rows.ids)}
     if len(indexed) != len(rows):
@@ -70,4 +74,4 @@ def problems_at_rest(path: Path, *, media: bool = True) -> list[str]:
         except DataLossError as exc:
             # The index cannot even be made; what the database says of itself says more.
             return list(dict.fromkeys([*database_problems(store), exc.message]))
-        return problems(store, rows, media_of(store) if media else None)
+        return problems(store, lambda: differences(store, rows), media_of(store) if media else None)

@@ -1,8 +1,4 @@
-"""Exact cosine search in NumPy: the small corpus, the delta, filtered survivors, and the oracle.
-
-`np.vecdot` and not `@`: a matrix-vector product is bound by memory, so BLAS threads gain little
-(2,000 x 256: 0.03 ms either way), but beside another busy process they wait for each other (12 ms).
-"""
+"""Exact cosine search in NumPy: the small corpus, the delta, filtered survivors, and the oracle."""
 
 from __future__ import annotations
 
@@ -12,51 +8,63 @@ import numpy as np
 
 # A float32 dot product of unit vectors is off by far less; rows within this of the k-th score
 # are scored again in float64, so that rounding never decides who is in the result.
-_SLACK = np.float32(1e-5)
+SLACK = np.float32(1e-5)
 # Above this share of rows, one pass over the whole matrix is cheaper than gathering rows.
 _GATHER_BELOW = 0.25
 _CHUNK_ROWS = 8192
+# Scores that stand in memory at once: 64 MB.
+_MOST_SCORES = 2**24
 
 
 def propose(
-    vectors: np.ndarray, query: np.ndarray, k: int, rows: np.ndarray | None = None
-) -> np.ndarray:
-    """The k rows nearest to `query`, and those that rounding cannot tell from the k-th.
+    vectors: np.ndarray, queries: np.ndarray, k: int, rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows nearest to each query, and those that rounding cannot tell from the k-th.
 
     Args:
       vectors: [N, D] float32, L2-normalised.
-      query: [D] float32.
+      queries: [Q, D] float32.
       k: how many are wanted, at least 1.
       rows: [M] int64, the rows that may be chosen; None = all.
 
     Returns:
-      [≥ min(k, M)] int64 rows, unordered.
+      of: [P] int64, the query of each proposal, rising; P ≥ Q · min(k, M).
+      rows: [P] int64, the proposed rows, unordered within a query.
     """
     count = len(vectors) if rows is None else len(rows)
     if count <= k:
-        return np.arange(count, dtype=np.int64) if rows is None else rows
-    if rows is None:
-        scores = np.vecdot(vectors, query)
-    elif count < _GATHER_BELOW * len(vectors):
-        scores = np.vecdot(vectors[rows], query)
-    else:
-        scores = np.vecdot(vectors, query)[rows]
-    threshold = np.partition(scores, count - k)[count - k] - _SLACK
-    chosen = np.flatnonzero(scores >= threshold)
-    return chosen if rows is None else rows[chosen]
+        chosen = np.arange(count, dtype=np.int64) if rows is None else rows
+        return np.repeat(np.arange(len(queries)), count), np.tile(chosen, len(queries))
+    at_once = max(1, _MOST_SCORES // len(vectors))
+    of: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    for start in range(0, len(queries), at_once):
+        scores = _scores(vectors, queries[start : start + at_once], rows)
+        for i, row in enumerate(scores, start):
+            positions = nearest(row, k)
+            of.append(np.full(len(positions), i))
+            found.append(positions if rows is None else rows[positions])
+    return np.concatenate(of), np.concatenate(found)
 
 
-def score(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[M] float32 cosines of the given rows, summed in float64 in one fixed order.
+def nearest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k highest of [M] float32 scores, M > k, and of those within the slack."""
+    kth = len(scores) - k
+    return np.flatnonzero(scores >= np.partition(scores, kth)[kth] - SLACK)
+
+
+def score(vectors: np.ndarray, queries: np.ndarray, of: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[P] float32 cosines of `queries[of]` and `vectors[rows]`, summed in float64 in one fixed
+    order.
 
     Equal vectors get equal scores wherever they stand, which a float32 product does not
     promise; ties are therefore real ties.
     """
     out = np.empty(len(rows), dtype=np.float32)
-    wide = query.astype(np.float64)
+    wide = queries.astype(np.float64)
     for start in range(0, len(rows), _CHUNK_ROWS):
-        part = rows[start : start + _CHUNK_ROWS]
-        out[start : start + len(part)] = (vectors[part] * wide).sum(axis=1)
+        part = slice(start, start + _CHUNK_ROWS)
+        out[part] = (vectors[rows[part]] * wide[of[part]]).sum(axis=1)
     return out
 
 
@@ -68,3 +76,24 @@ def rank(scores: np.ndarray, id_of: Callable[[int], str], k: int) -> list[tuple[
         order = order[: int(np.searchsorted(-scores[order], -scores[order[k - 1]], "right"))]
     best = sorted((-float(scores[i]), id_of(int(i)), int(i)) for i in order)
     return [(i, id, -negative) for negative, id, i in best[:k]]
+
+
+def _scores(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """[Q, N or M] float32."""
+    if rows is None:
+        return _product(queries, vectors)
+    if len(rows) >= _GATHER_BELOW * len(vectors):
+        return _product(queries, vectors)[:, rows]
+    out = np.empty((len(queries), len(rows)), np.float32)
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        part = rows[start : start + _CHUNK_ROWS]
+        out[:, start : start + len(part)] = _product(queries, vectors[part])
+    return out
+
+
+def _product(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    # A matrix-vector product is bound by memory, so BLAS threads gain little (2,000 x 256: 0.03 ms
+    # either way), but beside another busy process they wait for each other (12 ms).
+    if len(queries) == 1:
+        return np.vecdot(vectors, queries[0])[None]
+    return queries @ vectors.T

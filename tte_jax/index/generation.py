@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -89,6 +89,7 @@ class View:
     Attributes:
       generation: the built part.
       alive: [N] bool, generation rows that are neither deleted nor replaced.
+      alive_count: how many of them are alive (counting a million takes as long as a search).
       delta: rows written since; only the first `len(delta_alive)` belong to this view.
       delta_vectors: the delta's buffer as it was when the view was made.
       delta_alive: [M] bool.
@@ -101,7 +102,8 @@ class View:
     delta_vectors: np.ndarray
     delta_alive: np.ndarray
     sequence: int
-    live: int = field(default=0)
+    alive_count: int
+    live: int = 0
 
     @property
     def dimension(self) -> int:

@@ -10,6 +10,7 @@ serving, writes that arrive meanwhile are remembered and replayed, and one assig
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -17,11 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tte_jax.content import Metadata
 from tte_jax.corpus.records import Change, Removed
 from tte_jax.errors import PreconditionError
 from tte_jax.filters import Filter
-from tte_jax.index import exact, scann_index
+from tte_jax.index import exact, scann_searcher, view_search
 from tte_jax.index.columns import Columns
 from tte_jax.index.generation import Delta, Generation, Rows, View
 from tte_jax.index.protocol import Searcher
@@ -30,15 +30,12 @@ from tte_jax.index.recall import (
     QueryRecall,
     QuerySample,
     check_recall,
-    wanted_rows,
-    worst_true_score,
+    worst_true_scores,
 )
+from tte_jax.index.reports import Found, RebuildReport
 
 log = logging.getLogger(__name__)
 
-# When fewer rows than this share survive filter and tombstones, scanning them is faster and
-# better than over-fetching (measured: at 10 % over-fetching five-fold finds half of the truth).
-EXACT_SHARE = 0.15
 # A recall target is not raised beyond this: the last per cent costs more than it is worth.
 _HIGHEST_TARGET = 0.99
 
@@ -58,6 +55,7 @@ class IndexConfig:
       recent_queries: real queries that are remembered.
       check_every: queries after which the recall of some of them is measured.
       build_threads: threads that train ScaNN.
+      search_threads: threads that share a batch of queries.
     """
 
     exact_below: int = 20_000
@@ -69,26 +67,7 @@ class IndexConfig:
     recent_queries: int = 512
     check_every: int = 1000
     build_threads: int = 1
-
-
-@dataclass(frozen=True)
-class RebuildReport:
-    """How a rebuild went: the generation it made, its searcher, its canary recall, its time."""
-
-    generation: int
-    kind: str
-    rows: int
-    recall: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """A neighbour: id, cosine (float32 precision), metadata of the row that matched."""
-
-    id: str
-    cosine: float
-    metadata: Metadata
+    search_threads: int = os.cpu_count() or 1
 
 
 class LiveIndex:
@@ -144,10 +123,16 @@ class LiveIndex:
                 self._since_copy.extend(changes)
 
     def search(self, vector: np.ndarray, k: int, filter: Filter | None = None) -> list[Found]:
-        """The k live documents of highest cosine, ties by id.
+        """`search_batch` of one [D] vector."""
+        return self.search_batch(np.asarray(vector)[None], k, filter)[0]
+
+    def search_batch(
+        self, queries: np.ndarray, k: int, filter: Filter | None = None
+    ) -> list[list[Found]]:
+        """For each query the k live documents of highest cosine, ties by id; all see one view.
 
         Args:
-          vector: [D] float32, L2-normalised.
+          queries: [Q, D] float32, L2-normalised.
           k: at least 1.
           filter: condition on metadata.
 
@@ -155,45 +140,11 @@ class LiveIndex:
           PreconditionError: the corpus has vectors of another dimension.
         """
         view = self._view
-        if not view.live:
-            return []
-        self.queries.note(Asked(vector, k, filter))
-        if view.dimension != len(vector):
-            raise PreconditionError(
-                f"the query vector has dimension {len(vector)}; this corpus holds dimension "
-                f"{view.dimension}. Embed the query with the corpus's embedder.",
-                reason="DIMENSION_MISMATCH",
-                expected=view.dimension,
-                actual=len(vector),
-            )
-        rows = view.generation.rows
-        built = _search_generation(view, vector, k, filter)
-        fresh = np.flatnonzero(view.delta_alive)
-        if filter is not None and len(fresh):
-            keep = [filter.matches(view.delta.metadata[i]) for i in fresh]
-            fresh = fresh[np.array(keep, dtype=bool)]
-        if len(fresh):
-            fresh = exact.propose(view.delta_vectors, vector, k, fresh)
-        scores = np.concatenate(
-            [
-                exact.score(rows.vectors, vector, built),
-                exact.score(view.delta_vectors, vector, fresh),
-            ]
-        )
-
-        def id_of(position: int) -> str:
-            if position < len(built):
-                return rows.ids[built[position]]
-            return view.delta.ids[fresh[position - len(built)]]
-
-        found: list[Found] = []
-        for position, id, cosine in exact.rank(scores, id_of, k):
-            if position < len(built):
-                metadata = rows.metadata[built[position]]
-            else:
-                metadata = view.delta.metadata[fresh[position - len(built)]]
-            found.append(Found(id, cosine, metadata))
-        return found
+        if not view.live or not len(queries):
+            return [[] for _ in queries]
+        check_dimension(queries, view.dimension)
+        self.queries.note([Asked(query, k, filter) for query in queries])
+        return view_search.search(view, queries, k, filter)
 
     def needs_recall_check(self) -> bool:
         """Whether many queries have been answered approximately since the last measurement."""
@@ -210,13 +161,14 @@ class LiveIndex:
         hits = wanted = 0
         sample = self.queries.draw(self.config.canaries, vectors.shape[1])
         for asked in sample:
-            rows = np.flatnonzero(_survivors(view, asked.filter))
+            rows = np.flatnonzero(view_search.survivors(view, asked.filter))
             if not len(rows):
                 continue
-            worst = worst_true_score(vectors, asked.vector, asked.k, rows)
-            found = _search_generation(view, asked.vector, asked.k, asked.filter)
+            query = asked.vector[None]
+            (worst,) = worst_true_scores(vectors, query, [asked.k], rows)
+            of, found = view_search.candidates(view, query, asked.k, asked.filter)
             k = min(asked.k, len(rows))
-            hits += min(k, int((exact.score(vectors, asked.vector, found) >= worst).sum()))
+            hits += min(k, int((exact.score(vectors, query, of, found) >= worst).sum()))
             wanted += k
         recall = QueryRecall(hits / wanted if wanted else 1.0, len(sample) if wanted else 0)
         if view.generation is self._view.generation:
@@ -291,10 +243,13 @@ class LiveIndex:
 
     def _build(self, rows: Rows) -> tuple[Searcher | None, float]:
         config = self.config
-        if len(rows) < max(config.exact_below, scann_index.MINIMUM_ROWS):
+        if len(rows) < max(config.exact_below, scann_searcher.MINIMUM_ROWS):
             return None, 1.0
-        searcher = scann_index.ScannSearcher(
-            rows.vectors, tree=len(rows) >= config.tree_from, threads=config.build_threads
+        searcher = scann_searcher.ScannSearcher(
+            rows.vectors,
+            tree=len(rows) >= config.tree_from,
+            threads=config.build_threads,
+            search_threads=config.search_threads,
         )
         asked = self.queries.draw(config.canaries, rows.vectors.shape[1])
         recall = check_recall(searcher, rows.vectors, config.canaries, self._target, asked)
@@ -318,6 +273,7 @@ class LiveIndex:
             delta_vectors=delta.vectors,
             delta_alive=np.zeros(0, dtype=bool),
             sequence=sequence,
+            alive_count=len(rows),
             live=len(rows),
         )
 
@@ -326,11 +282,13 @@ class LiveIndex:
             return view
         delta = view.delta
         alive = view.alive.copy()
+        alive_count = view.alive_count
         delta_alive = view.delta_alive.tolist()
         for change in changes:
             row = self._where.pop(change.id, None)
             if row is not None and row >= 0:
                 alive[row] = False
+                alive_count -= 1
             elif row is not None:
                 delta_alive[~row] = False
             if isinstance(change, Removed):
@@ -345,6 +303,7 @@ class LiveIndex:
         return replace(
             view,
             alive=alive,
+            alive_count=alive_count,
             delta=delta,
             delta_vectors=delta.vectors,
             delta_alive=np.array(delta_alive, dtype=bool),
@@ -353,27 +312,13 @@ class LiveIndex:
         )
 
 
-def _survivors(view: View, filter: Filter | None) -> np.ndarray:
-    """[N] bool: rows of the generation that are alive and match."""
-    if filter is None:
-        return view.alive
-    return view.alive & view.generation.columns.mask(filter)
-
-
-def _search_generation(view: View, vector: np.ndarray, k: int, filter: Filter | None) -> np.ndarray:
-    generation = view.generation
-    keep = _survivors(view, filter)
-    survivors = int(keep.sum())
-    if not survivors:
-        return np.zeros(0, np.int64)
-    vectors = generation.rows.vectors
-    share = survivors / len(keep)
-    if generation.searcher is not None and share >= EXACT_SHARE:
-        wanted = wanted_rows(k, share)
-        if wanted < survivors:
-            rows = generation.searcher.propose(vector, wanted)
-            rows = rows[keep[rows]]
-            if len(rows) >= k:
-                return rows
-        # The filter's survivors lie far from the query: too few were fetched.
-    return exact.propose(vectors, vector, k, None if share == 1.0 else np.flatnonzero(keep))
+def check_dimension(queries: np.ndarray, dimension: int) -> None:
+    """Raise `PreconditionError` unless `queries` [Q, D] have the corpus's dimension."""
+    if queries.shape[1] != dimension:
+        raise PreconditionError(
+            f"the query vector has dimension {queries.shape[1]}; this corpus holds dimension "
+            f"{dimension}. Embed the query with the corpus's embedder.",
+            reason="DIMENSION_MISMATCH",
+            expected=dimension,
+            actual=queries.shape[1],
+        )

@@ -13,9 +13,8 @@ import numpy as np
 from tte_jax.content import Document, Usage
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
-from tte_jax.index.live import RebuildReport
-from tte_jax.index.reports import Fetched, IndexStats, SnapshotReport
-from tte_jax.index.service_index import CorpusIndex
+from tte_jax.index.corpus_index import CorpusIndex
+from tte_jax.index.reports import Fetched, IndexStats, RebuildReport, SnapshotReport
 from tte_jax.stages import Hit, IndexEntry, Promoted, StagedVector, StoredVersions
 
 T = TypeVar("T")
@@ -50,6 +49,29 @@ class LocalIndex:
         def work() -> tuple[list[Hit], float, float]:
             begun = time.perf_counter()
             hits = self.index.search(vector, k, filter, embedder_version=embedder_version)
+            return hits, begun, time.perf_counter()
+
+        hits, begun, ended = await self._run(self._readers, work, timeout_s)
+        return hits, Usage(stage="index", queue_s=begun - asked, compute_s=ended - begun)
+
+    async def search_batch(
+        self,
+        vectors: np.ndarray,
+        *,
+        k: int,
+        filter: Filter | None = None,
+        embedder_version: str = "",
+        ids_only: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[list[list[Hit]], Usage]:
+        """See `CorpusIndex.search_batch`."""
+        asked = time.perf_counter()
+
+        def work() -> tuple[list[list[Hit]], float, float]:
+            begun = time.perf_counter()
+            hits = self.index.search_batch(
+                vectors, k, filter, embedder_version=embedder_version, ids_only=ids_only
+            )
             return hits, begun, time.perf_counter()
 
         hits, begun, ended = await self._run(self._readers, work, timeout_s)

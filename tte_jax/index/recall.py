@@ -26,6 +26,8 @@ from tte_jax.index.protocol import Searcher
 CANARY_KS = (10, 50)
 OVERFETCH = 2.0
 OVERFETCH_ROWS = 50
+# Where every row may be an answer, only ties with the k-th are fetched in excess.
+TIE_ROWS = 10
 
 
 class Asked(NamedTuple):
@@ -57,10 +59,10 @@ class QuerySample:
         self._since_check = 0
         self._lock = threading.Lock()
 
-    def note(self, asked: Asked) -> None:
+    def note(self, asked: Sequence[Asked]) -> None:
         with self._lock:
-            self._last.append(asked)
-            self._since_check += 1
+            self._last.extend(asked)
+            self._since_check += len(asked)
 
     @property
     def due(self) -> bool:
@@ -76,15 +78,23 @@ class QuerySample:
 
 def wanted_rows(k: int, share: float = 1.0) -> int:
     """How many rows to ask of a searcher when `share` of its rows may be answers."""
+    if share == 1.0:
+        return k + TIE_ROWS
     return math.ceil(OVERFETCH * k / share) + OVERFETCH_ROWS
 
 
-def worst_true_score(
-    vectors: np.ndarray, query: np.ndarray, k: int, rows: np.ndarray | None = None
-) -> float:
-    """The k-th best score among `rows`: any row that reaches it is a right answer, ties too."""
-    scores = exact.score(vectors, query, exact.propose(vectors, query, k, rows))
-    return float(np.sort(scores)[-min(k, len(scores))])
+def worst_true_scores(
+    vectors: np.ndarray, queries: np.ndarray, ks: Sequence[int], rows: np.ndarray | None = None
+) -> list[float]:
+    """Each query's k-th best score among `rows`: any row that reaches it is a right answer, ties
+    too. `queries` is [Q, D], `ks` has one k for each."""
+    of, found = exact.propose(vectors, queries, max(ks), rows)
+    scores = exact.score(vectors, queries, of, found)
+    worst: list[float] = []
+    for i, k in enumerate(ks):
+        mine = np.sort(scores[of == i])
+        worst.append(float(mine[-min(k, len(mine))]))
+    return worst
 
 
 def check_recall(
@@ -108,27 +118,37 @@ def check_recall(
       asked: real queries, each with the k it was asked with; filters play no part here.
     """
     invented = _canaries(vectors, canaries)
-    sets = [
-        [(a, worst_true_score(vectors, a.vector, min(a.k, len(vectors)))) for a in some]
-        for some in ([*asked], *([Asked(query, k) for query in invented] for k in CANARY_KS))
-        if some
-    ]
+    sets: list[_Checked] = []
+    for some in ([*asked], *([Asked(query, k) for query in invented] for k in CANARY_KS)):
+        if some:
+            queries = np.stack([one.vector for one in some])
+            ks = np.array([min(one.k, len(vectors)) for one in some])
+            worst = worst_true_scores(vectors, queries, ks.tolist())
+            sets.append(_Checked(queries, ks, np.array(worst)))
     while True:
         recall = min(_recall(searcher, vectors, some) for some in sets)
         if recall >= floor or not searcher.search_harder():
             return recall
 
 
-def _recall(
-    searcher: Searcher, vectors: np.ndarray, queries: Sequence[tuple[Asked, float]]
-) -> float:
-    hits = wanted = 0
-    for asked, worst in queries:
-        k = min(asked.k, len(vectors))
-        found = searcher.propose(asked.vector, wanted_rows(k))
-        hits += min(k, int((exact.score(vectors, asked.vector, found) >= worst).sum()))
-        wanted += k
-    return hits / wanted
+class _Checked(NamedTuple):
+    """Queries [Q, D], how many neighbours each wants [Q], the score of the last of them [Q]."""
+
+    queries: np.ndarray
+    ks: np.ndarray
+    worst: np.ndarray
+
+
+def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked) -> float:
+    hits = 0
+    for k in np.unique(some.ks).tolist():
+        mine = some.ks == k
+        queries, worst = some.queries[mine], some.worst[mine]
+        rows, _ = searcher.propose(queries, wanted_rows(k))
+        of, columns = np.nonzero(rows >= 0)
+        right = exact.score(vectors, queries, of, rows[of, columns]) >= worst[of]
+        hits += int(np.minimum(k, np.bincount(of, right, minlength=len(queries))).sum())
+    return hits / int(some.ks.sum())
 
 
 def _canaries(vectors: np.ndarray, count: int) -> np.ndarray:

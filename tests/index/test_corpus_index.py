@@ -301,7 +301,7 @@ def test_a_tampered_snapshot_with_right_checksums_is_not_used(tmp_path, caplog):
     _three_generations(tmp_path)
     index = CorpusIndex.open(tmp_path)
     index.snapshot()
-    rows = index.live.view.gather()
+    rows = index.vectors.live.view.gather()
     # Only a vector is another one: ids and sequences agree with the database.
     _plant(index, Rows(rows.ids, rows.vectors[::-1], rows.sequences, []), known=False)
     index.close()
@@ -322,7 +322,7 @@ def test_a_tampered_snapshot_with_right_checksums_is_not_used(tmp_path, caplog):
 def test_a_snapshot_that_contradicts_the_database_is_not_used(tmp_path, caplog):
     _three_generations(tmp_path)
     index = CorpusIndex.open(tmp_path)
-    rows = index.live.view.gather()
+    rows = index.vectors.live.view.gather()
     # Whole and with right checksums, but a deleted document lives in it and a live one does not.
     wrong = Rows(["d3", *rows.ids[1:]], rows.vectors, rows.sequences, rows.metadata)
     _plant(index, wrong, known=True)
@@ -399,7 +399,7 @@ def test_failed_maintenance_is_reported_and_serving_goes_on(tmp_path, monkeypatc
     def fail():
         raise StorageFullError("no space left for the test")
 
-    monkeypatch.setattr(index.live, "rebuild", fail)
+    monkeypatch.setattr(index.vectors.live, "rebuild", fail)
     index.upsert([make_entry(f"d{i}", unit(1, i)) for i in range(5)])
     index.maintenance.join(30)
     assert index.stats().last_error == "no space left for the test"

@@ -1,0 +1,291 @@
+"""The indices that are compared, behind one small interface; each runs in a process of its own.
+
+Every contender gets the same unit vectors, answers by dot product with exact scores where it can
+refine, and is swept over one parameter that trades speed for recall.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Contender(Protocol):
+    """An index under test.
+
+    Attributes:
+      saved: whether `save` keeps the built index for the next run.
+      values: what `set` takes, by rising recall.
+    """
+
+    saved: bool
+    values: list[Any]
+
+    def build(self, vectors: np.ndarray, threads: int) -> None: ...
+
+    def save(self, path: Path) -> None: ...
+
+    def load(self, path: Path, vectors: np.ndarray) -> None: ...
+
+    def threads(self, count: int) -> None: ...
+
+    def set(self, value: Any) -> None: ...
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """[Q, k] rows."""
+        ...
+
+
+class _Faiss:
+    """Anything that FAISS makes from a description."""
+
+    saved = True
+
+    def _make(self, rows: int) -> Any:
+        raise NotImplementedError
+
+    def build(self, vectors: np.ndarray, threads: int) -> None:
+        self.threads(threads)
+        self.dimension = vectors.shape[1]
+        self.index = self._make(len(vectors))
+        if not self.index.is_trained:
+            self.index.train(np.ascontiguousarray(vectors[:100_000]))
+        for start in range(0, len(vectors), 100_000):
+            self.index.add(np.ascontiguousarray(vectors[start : start + 100_000]))
+
+    def save(self, path: Path) -> None:
+        import faiss
+
+        faiss.write_index(self.index, str(path))
+
+    def load(self, path: Path, vectors: np.ndarray) -> None:
+        import faiss
+
+        self.index = faiss.read_index(str(path))
+
+    def threads(self, count: int) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(count)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.index.search(queries, k)[1]
+
+
+class FaissFlat(_Faiss):
+    values = [None]
+    saved = False
+
+    def _make(self, rows: int) -> Any:
+        import faiss
+
+        return faiss.IndexFlatIP(self.dimension)
+
+    def set(self, value: None) -> None:
+        pass
+
+
+class FaissIvf(_Faiss):
+    values = [1, 2, 4, 8, 16, 32, 64, 128]
+
+    def _make(self, rows: int) -> Any:
+        import faiss
+
+        code = f"IVF{_lists(rows)},Flat"
+        return faiss.index_factory(self.dimension, code, faiss.METRIC_INNER_PRODUCT)
+
+    def set(self, value: int) -> None:
+        self.index.nprobe = value
+
+
+class FaissIvfPq(FaissIvf):
+    """Fast-scan product quantisation in inverted lists, then exact scores of the best."""
+
+    values = [1, 2, 4, 8, 16, 32, 64, 128]
+
+    def _make(self, rows: int) -> Any:
+        import faiss
+
+        # Two dimensions a code, as ours.
+        code = f"IVF{_lists(rows)},PQ{self.dimension // 2}x4fs,RFlat"
+        return faiss.index_factory(self.dimension, code, faiss.METRIC_INNER_PRODUCT)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        self.index.k_factor = max(2.0, 100 / k)  # as many exact scores as ours by default
+        return super().search(queries, k)
+
+    def set(self, value: int) -> None:
+        import faiss
+
+        faiss.downcast_index(self.index.base_index).nprobe = value
+
+
+class FaissHnsw(_Faiss):
+    values = [16, 32, 64, 128, 256, 512]
+
+    def _make(self, rows: int) -> Any:
+        import faiss
+
+        index = faiss.IndexHNSWFlat(self.dimension, 16, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = 100
+        return index
+
+    def set(self, value: int) -> None:
+        self.index.hnsw.efSearch = value
+
+
+class Hnswlib:
+    values = [16, 32, 64, 128, 256, 512]
+    saved = True
+
+    def build(self, vectors: np.ndarray, threads: int) -> None:
+        import hnswlib
+
+        self.index = hnswlib.Index("ip", vectors.shape[1])
+        self.index.init_index(len(vectors), ef_construction=100, M=16)
+        self.index.add_items(vectors, num_threads=threads)
+        self.count = threads
+
+    def save(self, path: Path) -> None:
+        self.index.save_index(str(path))
+
+    def load(self, path: Path, vectors: np.ndarray) -> None:
+        import hnswlib
+
+        self.index = hnswlib.Index("ip", vectors.shape[1])
+        self.index.load_index(str(path))
+
+    def threads(self, count: int) -> None:
+        self.count = count
+
+    def set(self, value: int) -> None:
+        self.ef = value
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        self.index.set_ef(max(self.ef, k))
+        return self.index.knn_query(queries, k, num_threads=self.count)[0]
+
+
+class Usearch:
+    values = [16, 32, 64, 128, 256, 512]
+    saved = True
+
+    def _empty(self, dimension: int) -> Any:
+        from usearch.index import Index
+
+        return Index(ndim=dimension, metric="ip", dtype="f32", connectivity=16, expansion_add=100)
+
+    def build(self, vectors: np.ndarray, threads: int) -> None:
+        self.index = self._empty(vectors.shape[1])
+        for start in range(0, len(vectors), 100_000):
+            part = np.ascontiguousarray(vectors[start : start + 100_000])
+            self.index.add(np.arange(start, start + len(part)), part, threads=threads)
+        self.count = threads
+
+    def save(self, path: Path) -> None:
+        self.index.save(str(path))
+
+    def load(self, path: Path, vectors: np.ndarray) -> None:
+        self.index = self._empty(vectors.shape[1])
+        self.index.load(str(path))
+
+    def threads(self, count: int) -> None:
+        self.count = count
+
+    def set(self, value: int) -> None:
+        self.ef = value
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        self.index.expansion_search = max(self.ef, k)
+        found = self.index.search(queries, k, threads=self.count)
+        return np.asarray(found.keys).reshape(len(queries), -1).astype(np.int64)
+
+
+class Ours:
+    """`LiveIndex` in process: what the index service searches, as far as ids and scores.
+
+    Its values are the effort that it chose itself for its recall target (0), and shares of it.
+    """
+
+    saved = False
+    values: list[Any] = [-6, -4, -2, 0, 2, 4]
+
+    def __init__(self, **config: Any) -> None:
+        self._config = config
+
+    def build(self, vectors: np.ndarray, threads: int) -> None:
+        from tte_jax.index import IndexConfig, LiveIndex
+        from tte_jax.index.generation import Rows
+
+        self._width = len(str(len(vectors)))
+        ids = [f"{i:0{self._width}d}" for i in range(len(vectors))]
+        rows = Rows(ids, np.array(vectors), np.arange(1, len(ids) + 1), [{}] * len(ids))
+        config = IndexConfig(
+            check_every=2**62, build_threads=threads, search_threads=threads, **self._config
+        )
+        self.live = LiveIndex(rows, sequence=len(ids), config=config)
+        self.report = self.live.rebuild()
+        self.searcher: Any = self.live.view.generation.searcher
+        if self.searcher is None:
+            self.values = [0]
+            return
+        self.chosen = self.searcher.effort
+
+    def save(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, path: Path, vectors: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def threads(self, count: int) -> None:
+        if self.searcher is not None:
+            self.searcher.share_batches(count)
+
+    def set(self, value: int) -> None:
+        if self.searcher is None:
+            return
+        from tte_jax.index.scann_searcher import Effort
+
+        leaves, reorder = self.chosen
+        share = 2 ** (value / 2)
+        if leaves:
+            most = max(effort.leaves for effort in self.searcher.efforts)
+            leaves = min(most, max(1, round(leaves * share)))
+        else:
+            reorder = max(20, round(reorder * share))
+        self.searcher.effort = Effort(leaves, reorder)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        found = self.live.search_batch(queries, k)
+        out = np.full((len(queries), k), -1, np.int64)
+        for row, hits in zip(out, found, strict=True):
+            row[: len(hits)] = [int(hit.id) for hit in hits]
+        return out
+
+    def search_library(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """ScaNN's own answers, by the same searcher; exact where there is none."""
+        if self.searcher is None:
+            return self.search(queries, k)
+        return self.searcher.propose(queries, k + 10)[0][:, :k]
+
+
+CONTENDERS = {
+    "ours": Ours,
+    "faiss flat": FaissFlat,
+    "faiss ivf": FaissIvf,
+    "faiss ivf-pq fast-scan": FaissIvfPq,
+    "faiss hnsw": FaissHnsw,
+    "hnswlib": Hnswlib,
+    "usearch": Usearch,
+}
+# The library alone, with ours' searcher: what ours adds to it is the difference.
+LIBRARY = "scann library"
+GRAPHS = ("faiss hnsw", "hnswlib", "usearch")
+PACKAGES = ("faiss-cpu", "hnswlib", "usearch")
+
+
+def _lists(rows: int) -> int:
+    return max(4, round(math.sqrt(rows)))

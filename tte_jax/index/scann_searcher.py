@@ -1,0 +1,129 @@
+"""ScaNN as a searcher over rows.
+
+ScaNN's own document ids are never used: its loader unpickles them, its `delete` leaves the id map
+wrong when one id is unknown, and its reads race with its writes. Rows are plain integers here, a
+searcher is built once and never changed, and nothing of it is written to disk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scann import scann_ops_pybind
+
+# Below this many rows there is nothing to train a codebook on.
+MINIMUM_ROWS = 256
+_DIMENSIONS_PER_BLOCK = 2
+_ANISOTROPIC_THRESHOLD = 0.2
+_TRAINING_ROWS = 100_000
+# How hard a searcher can try: shares of the tree's leaves, and rows scored exactly after hashing.
+_SHARES = tuple(2 ** (-i / 2) for i in range(16, -1, -1))  # 1/256 to 1
+_REORDERS = (50, 100, 200, 400, 800, 1600, 3200)
+# Reading a row's vector out of memory to score it costs as much as scanning the codes of so many.
+_CODES_PER_REORDER = 20
+# Fewer queries are not worth handing to other threads.
+_QUERIES_PER_THREAD = 4
+
+
+class Effort(NamedTuple):
+    """How hard a search tries: leaves of the tree that are scanned (0 = there is no tree), and rows
+    that are scored exactly."""
+
+    leaves: int
+    reorder: int
+
+
+class ScannSearcher:
+    """Asymmetric hashing with exact reordering; with a partitioning tree for large corpora.
+
+    It begins with the least effort; `search_harder` takes the next of `efforts`.
+
+    Args:
+      vectors: [N, D] float32, L2-normalised, N ≥ `MINIMUM_ROWS`. ScaNN keeps its own copy.
+      tree: whether to partition.
+      threads: training threads.
+      search_threads: threads that share a batch of queries; a single query uses its caller's.
+
+    Attributes:
+      efforts: what it can be set to, by rising cost.
+      effort: what it is set to; not to be changed while it serves.
+    """
+
+    def __init__(
+        self, vectors: np.ndarray, *, tree: bool, threads: int = 1, search_threads: int = 1
+    ) -> None:
+        rows = len(vectors)
+        if rows < MINIMUM_ROWS:
+            raise ValueError(f"ScaNN needs at least {MINIMUM_ROWS} rows, got {rows}")
+        self.kind = "scann-tree-ah" if tree else "scann-ah"
+        self._rows = rows
+        leaves = max(2, round(math.sqrt(rows))) if tree else 0
+        self.efforts = efforts(rows, leaves)
+        self.effort = self.efforts[0]
+        # ScaNN's builder methods are decorated in a way that hides their types.
+        builder: Any = scann_ops_pybind.builder(
+            np.ascontiguousarray(vectors, dtype=np.float32), 10, "dot_product"
+        )
+        if tree:
+            builder = builder.tree(
+                leaves,
+                leaves,
+                training_sample_size=min(rows, _TRAINING_ROWS),
+            )
+        builder = builder.score_ah(
+            _DIMENSIONS_PER_BLOCK,
+            anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD,
+            training_sample_size=min(rows, _TRAINING_ROWS),
+        ).reorder(_REORDERS[0])
+        self._searcher = builder.set_n_training_threads(threads).build()
+        self.share_batches(search_threads)
+
+    def share_batches(self, threads: int) -> None:
+        """Let so many threads work on a batch of queries."""
+        self._threads = threads
+        self._searcher.set_num_threads(threads)
+
+    def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Searcher.propose`; a tree may return fewer rows than asked for."""
+        count = min(count, self._rows)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        wanted = (
+            count,
+            min(self._rows, max(self.effort.reorder, 2 * count)),
+            self.effort.leaves or -1,
+        )
+        if len(queries) == 1:
+            rows, scores = self._searcher.search(queries[0], *wanted)
+            return rows.astype(np.int64)[None], scores[None]
+        if len(queries) < self._threads * _QUERIES_PER_THREAD:
+            rows, scores = self._searcher.search_batched(queries, *wanted)
+        else:
+            share = math.ceil(len(queries) / self._threads)
+            rows, scores = self._searcher.search_batched_parallel(
+                queries, *wanted, batch_size=share
+            )
+        # Where it finds too few, ScaNN fills up with row 0 at a distance of NaN.
+        missing = np.isnan(scores)
+        return np.where(missing, -1, rows.astype(np.int64)), np.where(missing, -np.inf, scores)
+
+    def search_harder(self) -> bool:
+        """Take the next of `efforts`; False at their end."""
+        after = self.efforts.index(self.effort) + 1
+        if after == len(self.efforts):
+            return False
+        self.effort = self.efforts[after]
+        return True
+
+
+def efforts(rows: int, leaves: int) -> list[Effort]:
+    """What a searcher over `rows` rows in `leaves` leaves can do, by rising cost."""
+    scanned = sorted({max(1, round(share * leaves)) for share in _SHARES}) if leaves else [0]
+    reordered = sorted({min(reorder, rows) for reorder in _REORDERS})
+
+    def cost(effort: Effort) -> tuple[float, int]:
+        share = effort.leaves / leaves if leaves else 1.0
+        return share * rows + effort.reorder * _CODES_PER_REORDER, effort.leaves
+
+    return sorted((Effort(s, r) for s in scanned for r in reordered), key=cost)
