@@ -31,6 +31,8 @@ _LIMITS = {
     "MAX_FILTER_DEPTH": "levels of a filter",
     "MAX_FILTER_CONDITIONS": "conditions of a filter",
     "MAX_FILTER_VALUES": "values of a one-of condition",
+    "MAX_SEARCH_VECTORS": "vectors of a `SearchBatch`",
+    "MAX_SEARCH_HITS": "vectors times k of a `SearchBatch`",
     "MAX_TOP_K": "results of a search (`top_k`)",
     "MAX_CANDIDATES": "candidates of the first stage",
     "MAX_REWRITE_DEPTH": "candidates rewritten",

@@ -81,6 +81,12 @@ def model_service(
         "queue_rejected": lambda: stats.rejected,
         "queue_expired": lambda: stats.expired,
         "queue_cancelled": lambda: stats.cancelled,
+        "queue_seconds": lambda: stats.queue_s,
+        "batches": lambda: stats.batches,
+        "batch_fill": lambda: stats.batch_fill,
+        "pad_share": lambda: stats.pad_share,
+        "tokens": lambda: stats.tokens,
+        "cached_tokens": lambda: stats.cached_tokens,
         "items_completed": lambda: stats.completed,
         "items_failed": lambda: stats.failed,
     }

@@ -213,6 +213,8 @@ class Embedder(Role):
             )
         z = np.asarray(self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx))
         spent = time.monotonic() - start
+        stats = self.queue.stats
+        stats.ran((rows, tokens), entries, sum(one.tokens for one in inputs))
         merged = self.served.config.vision.merged if self.served.config.vision else 1
         out: list[Any] = []
         for row, (entry, one) in enumerate(zip(entries, inputs, strict=True)):
@@ -222,6 +224,7 @@ class Embedder(Role):
                 )
                 continue
             cached = sum(len(i.patches) // merged for i in one.images if i.key in known)
+            stats.cached_tokens += cached
             out.append(Embedded(z[row].copy(), one.tokens, cached, entry.queue_s, spent))
         return out
 

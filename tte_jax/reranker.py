@@ -249,6 +249,8 @@ class Reranker(Role):
         length = before.k.shape[2]
         scores = np.asarray(self.table.run("score", (rows, tokens, length), before, *arguments))
         spent = time.monotonic() - start
+        stats = self.queue.stats
+        stats.ran((rows, tokens), entries, sum(j.suffix.tokens for j in jobs))
         out: list[Any] = []
         for row, (entry, job) in enumerate(zip(entries, jobs, strict=True)):
             if not np.isfinite(scores[row]):
@@ -257,6 +259,7 @@ class Reranker(Role):
                 )
                 continue
             shared = job.prefix.tokens
+            stats.cached_tokens += shared if was_cached or row else 0
             out.append(
                 Scored(
                     score=float(scores[row]),

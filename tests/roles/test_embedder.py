@@ -107,3 +107,20 @@ def test_bfloat16_is_near_float32(embedder):
         cosines = (vectors * embedder.embed(ITEMS)).sum(axis=1)
         assert cosines.min() > 0.99
         assert half.version == embedder.version
+
+
+def test_counters_tell_inputs_and_padding_apart(embedder):
+    items = [EmbedItem(Content.of("cat"), Side.QUERY)] * 3
+    tokens = len(embedder.served.prompts.embed(items[0]).ids)
+    before = replace(embedder.queue.stats)
+    embedder.embed(items)
+    after = embedder.queue.stats
+    assert after.rows - before.rows == 3
+    assert after.tokens - before.tokens == 3 * tokens
+    # Three short texts fit one batch of 4 x 32; they may also have been taken one by one.
+    batches = after.batches - before.batches
+    assert 1 <= batches <= 3
+    assert after.row_places - before.row_places == 4 * batches
+    assert after.token_places - before.token_places == 128 * batches
+    assert 0 < after.batch_fill <= 1 and 0 < after.pad_share < 1
+    assert after.queue_s > before.queue_s

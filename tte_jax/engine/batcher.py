@@ -75,7 +75,14 @@ class Entry:
 
 @dataclass
 class QueueStats:
-    """Counters since the start; a reader may see them one entry late."""
+    """Counters since the start; a reader may see them one entry late.
+
+    Attributes:
+      batches, rows, tokens: programs that ran on waiting inputs, and what they were given.
+      row_places, token_places: what these programs had room for; the rest was padding.
+      cached_tokens: tokens whose work a cache saved (vision features, shared prefixes).
+      queue_s: seconds that the rows had waited, in all.
+    """
 
     admitted: int = 0
     rejected: int = 0
@@ -84,6 +91,32 @@ class QueueStats:
     completed: int = 0
     failed: int = 0
     batches: int = 0
+    rows: int = 0
+    row_places: int = 0
+    tokens: int = 0
+    token_places: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+
+    def ran(self, shape: tuple[int, int], entries: Sequence[Entry], tokens: int) -> None:
+        """Counts a batch of `entries` with `tokens` real tokens, run as `shape` (rows, tokens)."""
+        rows, length = shape
+        self.batches += 1
+        self.rows += len(entries)
+        self.row_places += rows
+        self.tokens += tokens
+        self.token_places += rows * length
+        self.queue_s += sum(e.queue_s for e in entries)
+
+    @property
+    def batch_fill(self) -> float:
+        """Share of the rows that were real ones, 0 to 1; 1 before the first."""
+        return self.rows / self.row_places if self.row_places else 1.0
+
+    @property
+    def pad_share(self) -> float:
+        """Share of the tokens that were padding, 0 to 1."""
+        return 1 - self.tokens / self.token_places if self.token_places else 0.0
 
 
 def complete(
@@ -392,7 +425,6 @@ class Batcher:
             if not isinstance(error, TteError):
                 log.exception("a request failed on the device")
             results = [as_tte(error)]
-        self.queue.stats.batches += 1
         self.queue.ran(sum(e.cost for e in entries), time.monotonic() - start)
         for entry, result in zip(entries, results, strict=True):
             if isinstance(result, BaseException):

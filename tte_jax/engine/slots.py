@@ -333,6 +333,8 @@ class DecodeLoop:
             _control(jobs, rows),
         )
         self.stats.prefills += 1
+        self.queue.stats.ran(shape, entries, sum(one.tokens for one in inputs))
+        self.queue.stats.cached_tokens += sum(cached)
         tokens, done, failed = jax.device_get((tokens, done, failed))
         for row, (entry, slot) in enumerate(zip(entries, slots, strict=True)):
             occupant = _Occupant(entry, jobs[row], cached[row])
