@@ -25,7 +25,7 @@ from tte_jax import codec
 from tte_jax.client.channel import Endpoint
 from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
-from tte_jax.content import Document, Reasoning, Usage
+from tte_jax.content import Content, Document, Reasoning, Usage
 from tte_jax.errors import InternalError, InvalidInputError, UnavailableError
 from tte_jax.filters import Filter
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_DELETE_IDS
@@ -160,15 +160,23 @@ class RemoteReranker(_Remote):
 
     async def rerank(
         self,
-        query: str,
-        candidates: Sequence[str],
+        query: str | Content,
+        candidates: Sequence[str | Content],
         *,
         instruction: str = "",
         timeout_s: float | None = None,
     ) -> tuple[np.ndarray, Usage]:
-        request = reranker_pb2.RerankRequest(
-            query=query, candidates=candidates, instruction=instruction
-        )
+        request = reranker_pb2.RerankRequest(instruction=instruction)
+        if isinstance(query, str):
+            request.query = query
+        else:
+            request.query_content.CopyFrom(codec.encode_content(query))
+        texts = [one for one in candidates if isinstance(one, str)]
+        if len(texts) == len(candidates):
+            request.candidates.extend(texts)
+        else:
+            contents = (Content.of(c) if isinstance(c, str) else c for c in candidates)
+            request.candidate_contents.extend(codec.encode_content(c) for c in contents)
         with translated(self.peer):
             response = await self._stub.Rerank(request, timeout=timeout_s, metadata=self.metadata)
         return np.array(response.scores, np.float32), codec.decode_usage(response.usage)
