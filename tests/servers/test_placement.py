@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from servers import runtime
 from tests import compile_cache, tiny_models
-from tests.sharding.test_processes import ROOT, free_port
+from tests.sharding.runs import ROOT
 from tte.v1 import embedder_pb2, embedder_pb2_grpc
 from tte_jax.cli import launch
 from tte_jax.client.stages import RemoteEmbedder
@@ -30,6 +31,12 @@ ITEMS = [
     EmbedItem(Content.of("What is this?", tiny_models.png(1)), Side.QUERY),
     EmbedItem(Content.of("", tiny_models.png(2, 28, 56)), Side.DOCUMENT),
 ]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
