@@ -51,6 +51,7 @@ def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.timeout(2 * PATIENCE_S)
 async def test_a_service_on_a_mesh_with_int8(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     process = start(log, f"--port={port}", "--mesh=fsdp=2,tp=2", "--quantise=int8")
