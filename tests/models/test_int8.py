@@ -160,7 +160,7 @@ def test_an_adapter_is_merged_before_the_rounding(
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     merged = tte_jax.load_model(base.path, adapter=tmp_path / "adapter")
     shutil.copytree(base.path, tmp_path / "merged")
     hf.export(merged.module, tmp_path / "merged")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,9 @@ BUCKETS = {
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
-def directory(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    yield tiny_models.write_model(
-        tmp_path_factory.mktemp(request.param),
+def directory(request: pytest.FixtureRequest) -> Path:
+    return tiny_models.write_model(
+        tiny_models.root() / f"families-{request.param}",  # with the tests' compile cache
         family=request.param,
         roles=["embedder", "reasoner"],
         buckets=BUCKETS,
