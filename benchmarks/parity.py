@@ -110,7 +110,7 @@ def checkpoints(root: Path) -> Callable[..., Any]:
         kind = (family, case != "untied", case == "bf16 shards")
         if kind not in made:
             _, tied, shards = kind
-            reference = tiny.FAMILIES[family](tied=tied)
+            reference: Any = tiny.FAMILIES[family](tied=tied)
             path = root / "-".join(map(str, kind))
             if shards:
                 reference = reference.to(torch.bfloat16)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tte.v1 import embedder_pb2, index_pb2, reasoner_pb2, reranker_pb2
 from tte_jax import codec, limits
-from tte_jax.content import Budget, Document, Reasoning, Usage
+from tte_jax.content import Budget, Content, Document, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
@@ -64,14 +64,32 @@ def embed_response(embeddings: np.ndarray, usage: Usage) -> embedder_pb2.EmbedRe
     )
 
 
-def rerank_arguments(request: reranker_pb2.RerankRequest) -> tuple[str, list[str], str]:
-    """(query, candidates, instruction)."""
-    _check_count(request.candidates, "candidates", limits.MAX_RERANK_CANDIDATES)
-    return (
-        _rerank_text(request.query, "query"),
-        [_rerank_text(c, f"candidates[{i}]", True) for i, c in enumerate(request.candidates)],
-        codec.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS),
-    )
+def rerank_arguments(
+    request: reranker_pb2.RerankRequest,
+) -> tuple[str | Content, list[str] | list[Content], str]:
+    """(query, candidates, instruction); query and candidates are texts or contents."""
+    query: str | Content
+    candidates: list[str] | list[Content]
+    if request.HasField("query_content"):
+        _check_unset(request.query, "query", "query_content")
+        query = codec.decode_content(request.query_content, "query_content")
+    else:
+        query = _rerank_text(request.query, "query")
+    if request.candidate_contents:
+        at = "candidate_contents"
+        _check_unset(request.candidates, "candidates", at)
+        _check_count(request.candidate_contents, at, limits.MAX_RERANK_CANDIDATES)
+        candidates = [
+            codec.decode_content(c, f"{at}[{i}]", allow_empty=True)
+            for i, c in enumerate(request.candidate_contents)
+        ]
+    else:
+        _check_count(request.candidates, "candidates", limits.MAX_RERANK_CANDIDATES)
+        candidates = [
+            _rerank_text(c, f"candidates[{i}]", True) for i, c in enumerate(request.candidates)
+        ]
+    instruction = codec.check_text(request.instruction, "instruction", limits.MAX_INSTRUCTION_CHARS)
+    return query, candidates, instruction
 
 
 def rerank_response(scores: np.ndarray, usage: Usage) -> reranker_pb2.RerankResponse:
@@ -266,6 +284,13 @@ def _check_count(items: Sequence[Any], at: str, limit: int) -> None:
     if not 1 <= len(items) <= limit:
         raise InvalidInputError(
             f"{at} has {len(items)} items: expected 1 to {limit}", field=at, limit=limit
+        )
+
+
+def _check_unset(value: Any, at: str, other: str) -> None:
+    if value:
+        raise InvalidInputError(
+            f"both {at} and {other} are set: give one of them", field=other, reason="AMBIGUOUS"
         )
 
 

@@ -33,7 +33,10 @@ async def open_role(kind: type[R], settings: Settings, model: str, builtin: str)
     """
     enable_compile_cache(settings.compile_cache_dir)
     directory = models.resolve(model or builtin)
-    mesh = make_mesh(**parse_mesh(settings.mesh)) if settings.mesh else None
+    sizes = parse_mesh(settings.mesh)
+    mesh = None
+    if settings.mesh:
+        mesh = make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], tp=sizes["tp"])
     role = await asyncio.to_thread(
         kind.from_pretrained,
         directory,

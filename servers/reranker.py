@@ -33,9 +33,17 @@ class RerankerServicer(reranker_pb2_grpc.RerankerServiceServicer):
         self, request: reranker_pb2.RerankRequest, context: grpc.aio.ServicerContext
     ) -> reranker_pb2.RerankResponse:
         query, candidates, instruction = convert.rerank_arguments(request)
-        scores, usage = await self._stage.rerank(
-            query, candidates, instruction=instruction, timeout_s=time_left(context)
-        )
+        try:
+            scores, usage = await self._stage.rerank(
+                query, candidates, instruction=instruction, timeout_s=time_left(context)
+            )
+        except InvalidInputError as error:
+            # The stage knows one name for texts and contents, the request has two.
+            if request.HasField("query_content"):
+                error.field = re.sub(r"^query\b", "query_content", error.field)
+            if request.candidate_contents:
+                error.field = re.sub(r"^candidates\b", "candidate_contents", error.field)
+            raise
         return convert.rerank_response(scores, usage)
 
     async def MineNegatives(

@@ -96,8 +96,9 @@ class Reranker(Role):
                 lay.whole(dtype, length, width) if vision else None,
                 lay.whole(jnp.int32, 1, length) if vision else None,
             )
-            cache = lay.cache(c, dtype, 1, length)
-            before = KVCache(k=cache, v=cache, length=lay.whole(jnp.int32, 1))
+            cache: Any = lay.cache(c, dtype, 1, length)
+            filled: Any = lay.whole(jnp.int32, 1)
+            before = KVCache(k=cache, v=cache, length=filled)
             for rows, tokens in self._shapes:
                 self.table.add(
                     "score",

@@ -97,12 +97,12 @@ def test_quantisation_shows_both_precisions(tmp_path: Path) -> None:
             "pictures": {"mean": 1, "least": 1},
         },
         "bytes": {"float32": 48 * 10**6, "int8": 16 * 10**6},
-        "forward_ms": {"batch": {"float32": 100.04, "int8": 125.0}},
+        "speed_ratio": {"batch": 0.803},
     }
     (tmp_path / "quantisation.json").write_text(json.dumps(ABOUT | {"models": {"m": model}}))
     text = tables.render("quantisation", tmp_path)
     cosines = "0.99991 / 0.99950; 1.00000 / 1.00000"
-    assert f"| m | {cosines} | 48 → 16 | 100.0 → 125.0 |" in text and "batch, ms" in text
+    assert f"| m | {cosines} | 48 → 16 | 0.80 |" in text and "batch, times as fast" in text
 
 
 def test_parity_marks_what_misses_its_limit(tmp_path: Path) -> None:

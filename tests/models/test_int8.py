@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 import tte_jax
 from tests.models.conftest import Checkpoint, images_batch, text_batch
 from tte_jax.errors import InvalidInputError, UnsupportedError
-from tte_jax.nn.linear import Int8Weight, project, quantise
+from tte_jax.nn.linear import Int8Weight, columns, project, quantise
 from tte_jax.weights import hf
 from tte_jax.weights.convert import convert
 from tte_jax.weights.table import entries
@@ -86,6 +86,16 @@ def test_product_is_that_of_the_rounded_weight() -> None:
     assert half.dtype == jnp.bfloat16
 
 
+def test_columns_are_those_of_the_rounded_weight() -> None:
+    """As the reranker reads two of an output head."""
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((6, 9)).astype(np.float32))
+    which = jnp.array([7, 2])
+    int8 = quantise(w, (0,))
+    whole = np.asarray(int8.q, np.float32) * np.asarray(int8.scale)
+    np.testing.assert_array_equal(columns(int8, which), whole[:, [7, 2]])
+    np.testing.assert_array_equal(columns(w, which), np.asarray(w)[:, [7, 2]])
+
+
 def test_memory_is_a_quarter_of_float32(saved: Callable[..., Checkpoint]) -> None:
     path = saved("qwen2_vl", tied=True).path
     full = tte_jax.load_model(path)
@@ -150,7 +160,7 @@ def test_an_adapter_is_merged_before_the_rounding(
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     merged = tte_jax.load_model(base.path, adapter=tmp_path / "adapter")
     shutil.copytree(base.path, tmp_path / "merged")
     hf.export(merged.module, tmp_path / "merged")

@@ -302,6 +302,33 @@ def test_prefix_and_rest_are_the_whole(loaded) -> None:
     )
 
 
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_legacy_positions_are_those_of_plain_text(loaded, family: str) -> None:
+    """transformers up to 4.52 saw an image only behind vision start; other pads were text."""
+    checkpoint, model = loaded(family, True)
+    legacy = tte_jax.Model(model.module, mrope_mode="legacy")
+    rng = np.random.default_rng(6)
+    patches, tokens = picture(rng, 4, 6)
+    bare = [token for token in tokens if token == IMAGE]
+    batch: Batch = {
+        **padded([bare + text_row(rng, 4)], "right"),
+        "pixel_values": patches,
+        "image_grid_thw": np.array([[1, 4, 6]], np.int64),
+    }
+    length = batch["input_ids"].shape[1]
+    plain = np.broadcast_to(np.arange(length), (3, 1, length)).copy()
+    expected, _ = checkpoint.answers({**batch, "position_ids": plain})
+    out = legacy(**batch).logits
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
+    assert np.abs(model(**batch).logits - expected).max() > 0.01  # another answer, in "current"
+    behind = {
+        **padded([text_row(rng, 2) + tokens[:-1] + text_row(rng, 1)], "right"),
+        "pixel_values": patches,
+        "image_grid_thw": batch["image_grid_thw"],
+    }
+    np.testing.assert_array_equal(legacy(**behind).logits, model(**behind).logits)
+
+
 def test_wrong_arrays_are_named(loaded) -> None:
     _, model = loaded("qwen2_vl", True)
     batch = images_batch("right")

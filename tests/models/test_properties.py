@@ -50,10 +50,10 @@ class Row:
 def random_row(rng: np.random.Generator, *, images: bool) -> Row:
     """0 to 2 tokens, perhaps an image, 1 to 6 tokens; or 1 to 14 tokens."""
     if not images or rng.random() < 0.3:
-        return Row(text_row(rng, rng.integers(1, 15)), [])
+        return Row(text_row(rng, int(rng.integers(1, 15))), [])
     grid = SIZES[rng.integers(len(SIZES))]
     patches, tokens = picture(rng, grid[1], grid[2])
-    ids = text_row(rng, rng.integers(0, 3)) + tokens + text_row(rng, rng.integers(1, 7))
+    ids = text_row(rng, int(rng.integers(0, 3))) + tokens + text_row(rng, int(rng.integers(1, 7)))
     return Row(ids, [(patches, grid)])
 
 

@@ -9,11 +9,13 @@ A format is tried when it is in `FAMILY`.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,11 @@ import pytest
 import torch
 from PIL import Image
 
+from servers.reranker import RerankerServicer
 from tests import tiny_models
 from tests.preprocess.test_video import movie
+from tte.v1 import reranker_pb2
+from tte_jax import codec
 from tte_jax.content import Content, Media, MediaKind, Side, Text
 from tte_jax.embedder import Embedder
 from tte_jax.errors import UnsupportedError
@@ -278,6 +283,15 @@ def test_a_reranker_of_pictures(tmp_path: Path) -> None:
                 theirs.append(torch.sigmoid(logits[yes] - logits[no]).item())
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
             seen += theirs
+        # The service scores the same contents; `query` and `theirs` are the last ones.
+        request = reranker_pb2.RerankRequest(
+            query_content=codec.encode_content(query),
+            candidate_contents=map(codec.encode_content, documents.values()),
+            instruction="Find it",
+        )
+        context: Any = SimpleNamespace(time_remaining=lambda: None)
+        response = asyncio.run(RerankerServicer(reranker).Rerank(request, context))
+        np.testing.assert_allclose(response.scores, theirs, atol=1e-5)
         assert np.ptp(seen) > 0.1, "the scores tell documents apart"
         # Texts and contents of texts are the same, and the prefix was read once.
         hits = reranker.prefix_cache.hits

@@ -84,6 +84,15 @@ def test_rerank_requests(query: str, candidates: list[str], instruction: str) ->
     assert convert.rerank_arguments(request) == (query, candidates, instruction)
 
 
+def test_rerank_requests_with_contents() -> None:
+    query, candidates = Content.of("a", b"png"), [Content.of("", b"jpeg"), Content.of("text")]
+    request = reranker_pb2.RerankRequest(
+        query_content=codec.encode_content(query),
+        candidate_contents=map(codec.encode_content, candidates),
+    )
+    assert convert.rerank_arguments(request) == (query, candidates, "")
+
+
 def test_mining_scores_the_positive_first_and_answers_with_document_ids() -> None:
     request = reranker_pb2.MineNegativesRequest(query_id="q1", query="cat")
     request.positive.id, request.positive.text = "p", "a cat"
@@ -151,6 +160,10 @@ def mine(**change) -> reranker_pb2.MineNegativesRequest:
     return reranker_pb2.MineNegativesRequest(**{**good, **change})
 
 
+def cat() -> content_pb2.Content:
+    return codec.encode_content(Content.of("cat"))
+
+
 def nameless() -> content_pb2.Content:
     return content_pb2.Content(parts=[content_pb2.Part()])
 
@@ -178,6 +191,13 @@ def nameless() -> content_pb2.Content:
             convert.embed_arguments,
             embed(inputs=[embedder_pb2.EmbedInput(content=nameless())]),
             "inputs[0].content.parts[0]",
+        ),
+        (convert.rerank_arguments, rerank(query_content=cat()), "query_content"),
+        (convert.rerank_arguments, rerank(candidate_contents=[cat()]), "candidate_contents"),
+        (
+            convert.rerank_arguments,
+            rerank(query="", query_content=nameless()),
+            "query_content.parts[0]",
         ),
         (convert.rerank_arguments, rerank(query=" "), "query"),
         (convert.rerank_arguments, rerank(candidates=[]), "candidates"),

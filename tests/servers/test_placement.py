@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from servers import runtime
 from tests import compile_cache, tiny_models
-from tests.sharding.test_processes import ROOT, free_port
+from tests.sharding.runs import ROOT
 from tte.v1 import embedder_pb2, embedder_pb2_grpc
 from tte_jax.cli import launch
 from tte_jax.client.stages import RemoteEmbedder
@@ -32,6 +33,12 @@ ITEMS = [
 ]
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "servers", "embedder", *flags]
     command += [
@@ -44,6 +51,7 @@ def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.timeout(2 * PATIENCE_S)
 async def test_a_service_on_a_mesh_with_int8(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     process = start(log, f"--port={port}", "--mesh=fsdp=2,tp=2", "--quantise=int8")

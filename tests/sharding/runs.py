@@ -39,9 +39,9 @@ def start(
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(*children: subprocess.Popen[bytes]) -> None:
+def finish(*children: subprocess.Popen[bytes], timeout_s: float = TIMEOUT_S) -> None:
     """Waits for the children. One that fails or takes too long ends all; their output is shown."""
-    until = time.monotonic() + TIMEOUT_S
+    until = time.monotonic() + timeout_s
     try:
         while (codes := [child.poll() for child in children]) and None in codes:
             # The others of a job would wait for one that has failed.

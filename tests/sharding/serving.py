@@ -64,8 +64,8 @@ def answers(order: dict[str, Any], mesh: Any = None) -> dict[str, Any]:
         told["greedy"] = [r.text for r in greedy]
         told["drawn"] = [r.text for r in drawn]
         told["reasoner_compiles"] = reasoner.compile_count - reasoner.warm_compile_count
-        told["cache"] = spec(reasoner.loop._state.k)
-        told["slots"] = spec(reasoner.loop._state.control.done)
+        state: Any = reasoner.loop._state
+        told["cache"], told["slots"] = spec(state.k), spec(state.control.done)
     with Reranker.from_pretrained(order["text"], **options) as reranker:
         reranker.warmup()
         told["scores"] = reranker.score("a cat", CANDIDATES).tolist()

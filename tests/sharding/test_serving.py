@@ -12,6 +12,9 @@ import pytest
 from tests.sharding import runs, serving
 from tests.tiny_models import text_dir, vl_dir
 
+PATIENCE_S = 840.0  # the child compiles what three roles need for two meshes
+pytestmark = pytest.mark.timeout(PATIENCE_S + 60)
+
 MESHES = [
     {"data": 2, "fsdp": 2, "tp": 2},
     {"data": 1, "fsdp": 2, "tp": 4},  # wider than the two key/value heads
@@ -33,7 +36,7 @@ def told(
         module="tests.sharding.serving",
     )
     alone = serving.answers(order)
-    runs.finish(child)
+    runs.finish(child, timeout_s=PATIENCE_S)
     return alone, [json.loads((folder / f"{i}.json").read_text()) for i in range(len(meshes))]
 
 

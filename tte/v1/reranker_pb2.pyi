@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from tte.v1 import content_pb2 as _content_pb2
 from tte.v1 import model_pb2 as _model_pb2
 from tte.v1 import usage_pb2 as _usage_pb2
 import builtins as _builtins
@@ -29,6 +30,8 @@ class RerankRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     INSTRUCTION_FIELD_NUMBER: _builtins.int
+    QUERY_CONTENT_FIELD_NUMBER: _builtins.int
+    CANDIDATE_CONTENTS_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """The query's text or ECR text, at most 32,768 characters, not blank."""
     instruction: _builtins.str
@@ -37,16 +40,28 @@ class RerankRequest(_message.Message):
     def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 256 candidates' texts or ECR texts, each at most 32,768 characters."""
 
+    @_builtins.property
+    def query_content(self) -> _content_pb2.Content:
+        """The query with its images, videos or pages, in place of `query`. Media need a model whose
+        `ModelInfo.accepts_media` is true; others answer UNIMPLEMENTED.
+        """
+
+    @_builtins.property
+    def candidate_contents(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Content]:
+        """1 to 256 candidates likewise, in place of `candidates`."""
+
     def __init__(
         self,
         *,
         query: _builtins.str = ...,
         candidates: _abc.Iterable[_builtins.str] | None = ...,
         instruction: _builtins.str = ...,
+        query_content: _content_pb2.Content | None = ...,
+        candidate_contents: _abc.Iterable[_content_pb2.Content] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query_content", b"query_content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "instruction", b"instruction", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_contents", b"candidate_contents", "candidates", b"candidates", "instruction", b"instruction", "query", b"query", "query_content", b"query_content"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class RerankerServiceStub:
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     def __init__(self, channel):
@@ -54,8 +55,9 @@ class RerankerServiceStub:
 
 
 class RerankerServiceServicer:
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     def Rerank(self, request, context):
@@ -115,8 +117,9 @@ def add_RerankerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RerankerService:
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     @staticmethod

@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RerankerServiceStub:
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     @_typing.overload
@@ -55,8 +56,9 @@ class RerankerServiceStub:
 
 @_typing.type_check_only
 class RerankerServiceAsyncStub(RerankerServiceStub):
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,8 +81,9 @@ class RerankerServiceAsyncStub(RerankerServiceStub):
     """What is running: model, version, compile count, queue depth."""
 
 class RerankerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Judges, from texts alone, whether a candidate answers a query (ECRR: query ECR against candidate
-    ECR), and mines hard negatives for training.
+    """Judges, from texts, whether a candidate answers a query (ECRR: query ECR against candidate ECR), and
+    mines hard negatives for training. A model that reads media (`ModelInfo.accepts_media`) also scores
+    contents.
     """
 
     @_abc_1.abstractmethod

@@ -20,7 +20,7 @@ from tte_jax.client.channel import Endpoint
 from tte_jax.client.remote import Remote, answers
 from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
-from tte_jax.content import Reasoning, Usage
+from tte_jax.content import Content, Reasoning, Usage
 from tte_jax.errors import InternalError, UnavailableError
 from tte_jax.stages import GREEDY, EmbedItem, ReasonItem, Sampling
 
@@ -131,15 +131,23 @@ class RemoteReranker(Remote):
 
     async def rerank(
         self,
-        query: str,
-        candidates: Sequence[str],
+        query: str | Content,
+        candidates: Sequence[str | Content],
         *,
         instruction: str = "",
         timeout_s: float | None = None,
     ) -> tuple[np.ndarray, Usage]:
-        request = reranker_pb2.RerankRequest(
-            query=query, candidates=candidates, instruction=instruction
-        )
+        request = reranker_pb2.RerankRequest(instruction=instruction)
+        if isinstance(query, str):
+            request.query = query
+        else:
+            request.query_content.CopyFrom(codec.encode_content(query))
+        texts = [one for one in candidates if isinstance(one, str)]
+        if len(texts) == len(candidates):
+            request.candidates.extend(texts)
+        else:
+            contents = (Content.of(c) if isinstance(c, str) else c for c in candidates)
+            request.candidate_contents.extend(codec.encode_content(c) for c in contents)
         with translated(self.peer):
             response = await self._stub.Rerank(request, timeout=timeout_s, metadata=self.metadata)
         return np.array(response.scores, np.float32), codec.decode_usage(response.usage)

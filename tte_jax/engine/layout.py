@@ -1,10 +1,13 @@
 """Where the arguments of compiled programs lie: on one device, or over a mesh.
 
-weights           `tte_jax.sharding.Rules`
-rows of a batch   split over data and fsdp where these divide them
-feature tables    whole: a row of the batch may read any of them
-KV caches         key/value heads over tp where it divides them; all slots everywhere, because
-                  sequences enter and leave single slots
+    weights           `tte_jax.sharding.Rules`
+    rows of a batch   split over data and fsdp where these divide them
+    feature tables    whole: a row of the batch may read any of them
+    KV caches         key/value heads over tp where it divides them; all slots everywhere, because
+                      sequences enter and leave single slots
+
+Host arrays are put there before a program runs; what programs return lies where the next ones
+take it.
 """
 
 from __future__ import annotations

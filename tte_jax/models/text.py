@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
+from tte_jax.models.initial import Initial
 from tte_jax.nn.attention import Prefix, attend
 from tte_jax.nn.linear import columns, lookup, project
 from tte_jax.nn.norms import rms_norm
@@ -40,35 +41,23 @@ class DecoderLayers(nnx.Module):
     """The stacked layers' weights. Names end in their dimensions, after the leading L."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        c, n = config, config.layers
-
-        def normal(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (n, *shape), dtype))
-
-        def residual(*shape: int) -> nnx.Param:
-            # Writes to the residual stream start smaller, by depth (GPT-2's scheme).
-            scale = 0.02 / (2 * n) ** 0.5
-            return nnx.Param(scale * jax.random.normal(rngs.params(), (n, *shape), dtype))
-
-        def ones(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.ones((n, *shape), dtype))
-
-        self.attn_norm_d = ones(c.hidden_size)
-        self.q_dnh = normal(c.hidden_size, c.heads, c.head_dim)
-        self.k_dkh = normal(c.hidden_size, c.kv_heads, c.head_dim)
-        self.v_dkh = normal(c.hidden_size, c.kv_heads, c.head_dim)
+        c, new = config, Initial(rngs, dtype, (config.layers,))
+        self.attn_norm_d = new.ones(c.hidden_size)
+        self.q_dnh = new.normal(c.hidden_size, c.heads, c.head_dim)
+        self.k_dkh = new.normal(c.hidden_size, c.kv_heads, c.head_dim)
+        self.v_dkh = new.normal(c.hidden_size, c.kv_heads, c.head_dim)
         if c.qkv_bias:
-            self.q_bias_nh = nnx.Param(jnp.zeros((n, c.heads, c.head_dim), dtype))
-            self.k_bias_kh = nnx.Param(jnp.zeros((n, c.kv_heads, c.head_dim), dtype))
-            self.v_bias_kh = nnx.Param(jnp.zeros((n, c.kv_heads, c.head_dim), dtype))
+            self.q_bias_nh = new.zeros(c.heads, c.head_dim)
+            self.k_bias_kh = new.zeros(c.kv_heads, c.head_dim)
+            self.v_bias_kh = new.zeros(c.kv_heads, c.head_dim)
         if c.qk_norm:
-            self.q_norm_h = ones(c.head_dim)
-            self.k_norm_h = ones(c.head_dim)
-        self.o_nhd = residual(c.heads, c.head_dim, c.hidden_size)
-        self.mlp_norm_d = ones(c.hidden_size)
-        self.gate_df = normal(c.hidden_size, c.intermediate_size)
-        self.up_df = normal(c.hidden_size, c.intermediate_size)
-        self.down_fd = residual(c.intermediate_size, c.hidden_size)
+            self.q_norm_h = new.ones(c.head_dim)
+            self.k_norm_h = new.ones(c.head_dim)
+        self.o_nhd = new.residual(c.heads, c.head_dim, c.hidden_size)
+        self.mlp_norm_d = new.ones(c.hidden_size)
+        self.gate_df = new.normal(c.hidden_size, c.intermediate_size)
+        self.up_df = new.normal(c.hidden_size, c.intermediate_size)
+        self.down_fd = new.residual(c.intermediate_size, c.hidden_size)
 
     def weights(self) -> dict[str, Array]:
         """The stacked arrays by name, for scanning."""
@@ -82,12 +71,12 @@ class TextDecoder(nnx.Module):
         self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
     ) -> None:
         self.config = config
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_vd = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        shape, new = (config.vocab_size, config.hidden_size), Initial(rngs, dtype)
+        self.embed_vd = new.normal(*shape)
         self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
-        self.norm_d = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.norm_d = new.ones(config.hidden_size)
         if not config.tied:
-            self.head_dv = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape[::-1], dtype))
+            self.head_dv = new.normal(*shape[::-1])
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table."""

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
+from tte_jax.models.initial import Initial
 from tte_jax.nn.attention import attend
 from tte_jax.nn.linear import fold, project
 from tte_jax.nn.norms import layer_norm
@@ -40,34 +41,50 @@ def vision_attention(
     return project("gpnh,nhe->gpe", out, w["o_nhe"]) + w["o_bias_e"]
 
 
-class VisionBlocks(nnx.Module):
-    """The stacked blocks' weights, each with a leading L axis."""
+def joined(x: Float[Array, "G P E"], wide: int) -> Float[Array, "G P/M W"]:
+    """Neighbouring patches' vectors in one row of `wide` values; packs stay split as they are."""
+    return fold(x, x.shape[0], -1, wide)
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        n, e = config.depth, config.embed_dim
-        inner = config.inner
-        head = e // config.heads
 
-        def normal(*shape: int, scale: float = 0.02) -> nnx.Param:
-            return nnx.Param(scale * jax.random.normal(rngs.params(), (n, *shape), dtype))
+def merge(
+    x: Float[Array, "G P/M I"],
+    fc1_gg: Array,
+    fc1_bias_g: Array,
+    fc2_gd: Array,
+    fc2_bias_d: Array,
+) -> Float[Array, "G P/M D"]:
+    """The merger's MLP: joined patches to one vector of the text's width."""
+    x = project("gpi,io->gpo", x, fc1_gg) + fc1_bias_g
+    x = jax.nn.gelu(x, approximate=False)
+    return project("gpi,id->gpd", x, fc2_gd) + fc2_bias_d
 
-        def zeros(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros((n, *shape), dtype))
 
-        def ones(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.ones((n, *shape), dtype))
+class AttentionBlocks(nnx.Module):
+    """What the stacked blocks of all towers hold: the scales of two norms and the attention."""
 
-        small = 0.02 / (2 * n) ** 0.5
-        self.norm1_e, self.norm1_bias_e = ones(e), zeros(e)
-        self.qkv_e3nh = normal(e, 3, config.heads, head)
-        self.qkv_bias_3nh = zeros(3, config.heads, head)
-        self.o_nhe, self.o_bias_e = normal(config.heads, head, e, scale=small), zeros(e)
-        self.norm2_e, self.norm2_bias_e = ones(e), zeros(e)
-        self.fc1_ef, self.fc1_bias_f = normal(e, inner), zeros(inner)
-        self.fc2_fe, self.fc2_bias_e = normal(inner, e, scale=small), zeros(e)
+    def __init__(self, config: VisionConfig, new: Initial) -> None:
+        e, heads = config.embed_dim, config.heads
+        self.norm1_e = new.ones(e)
+        self.qkv_e3nh = new.normal(e, 3, heads, e // heads)
+        self.qkv_bias_3nh = new.zeros(3, heads, e // heads)
+        self.o_nhe, self.o_bias_e = new.residual(heads, e // heads, e), new.zeros(e)
+        self.norm2_e = new.ones(e)
 
     def weights(self) -> dict[str, Array]:
+        """The stacked arrays by name, for scanning."""
         return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+
+
+class VisionBlocks(AttentionBlocks):
+    """Blocks with layer norms and an MLP of two matrices (Qwen2-VL, Qwen3-VL)."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        e, inner = config.embed_dim, config.inner
+        new = Initial(rngs, dtype, (config.depth,))
+        super().__init__(config, new)
+        self.norm1_bias_e, self.norm2_bias_e = new.zeros(e), new.zeros(e)
+        self.fc1_ef, self.fc1_bias_f = new.normal(e, inner), new.zeros(inner)
+        self.fc2_fe, self.fc2_bias_e = new.residual(inner, e), new.zeros(e)
 
 
 class VisionTower(nnx.Module):
@@ -78,18 +95,13 @@ class VisionTower(nnx.Module):
     ) -> None:
         self.config = config
         e, wide = config.embed_dim, config.embed_dim * config.merged
-
-        def normal(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
-
-        self.patch_ce = normal(config.patch_values, e)
+        new = Initial(rngs, dtype)
+        self.patch_ce = new.normal(config.patch_values, e)
         self.blocks = VisionBlocks(config, rngs=rngs, dtype=dtype)
-        self.merge_norm_e = nnx.Param(jnp.ones((e,), dtype))
-        self.merge_norm_bias_e = nnx.Param(jnp.zeros((e,), dtype))
-        self.merge1_gg = normal(wide, wide)
-        self.merge1_bias_g = nnx.Param(jnp.zeros((wide,), dtype))
-        self.merge2_gd = normal(wide, config.out_size)
-        self.merge2_bias_d = nnx.Param(jnp.zeros((config.out_size,), dtype))
+        self.merge_norm_e, self.merge_norm_bias_e = new.ones(e), new.zeros(e)
+        self.merge1_gg, self.merge1_bias_g = new.normal(wide, wide), new.zeros(wide)
+        self.merge2_gd = new.normal(wide, config.out_size)
+        self.merge2_bias_d = new.zeros(config.out_size)
 
     def __call__(
         self,
@@ -129,7 +141,10 @@ class VisionTower(nnx.Module):
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
-        x = fold(x, x.shape[0], -1, c.embed_dim * c.merged)
-        x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
-        x = jax.nn.gelu(x, approximate=False)
-        return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]
+        return merge(
+            joined(x, c.embed_dim * c.merged),
+            self.merge1_gg[...],
+            self.merge1_bias_g[...],
+            self.merge2_gd[...],
+            self.merge2_bias_d[...],
+        )

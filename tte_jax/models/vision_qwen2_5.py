@@ -14,38 +14,30 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import WindowedVisionConfig
-from tte_jax.models.vision import vision_attention, vision_rotary
-from tte_jax.nn.linear import fold, project
+from tte_jax.models.initial import Initial
+from tte_jax.models.vision import (
+    AttentionBlocks,
+    joined,
+    merge,
+    vision_attention,
+    vision_rotary,
+)
+from tte_jax.nn.linear import project
 from tte_jax.nn.norms import rms_norm
 
 RMS_EPS = 1e-6  # fixed in the reference implementation
 
 
-class WindowedBlocks(nnx.Module):
-    """The stacked blocks' weights, each with a leading L axis."""
+class WindowedBlocks(AttentionBlocks):
+    """Blocks with RMS norms and a gated MLP."""
 
     def __init__(self, config: WindowedVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        n, e, f = config.depth, config.embed_dim, config.inner
-        head = e // config.heads
-
-        def normal(*shape: int, scale: float = 0.02) -> nnx.Param:
-            return nnx.Param(scale * jax.random.normal(rngs.params(), (n, *shape), dtype))
-
-        def zeros(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros((n, *shape), dtype))
-
-        small = 0.02 / (2 * n) ** 0.5
-        self.norm1_e = nnx.Param(jnp.ones((n, e), dtype))
-        self.qkv_e3nh = normal(e, 3, config.heads, head)
-        self.qkv_bias_3nh = zeros(3, config.heads, head)
-        self.o_nhe, self.o_bias_e = normal(config.heads, head, e, scale=small), zeros(e)
-        self.norm2_e = nnx.Param(jnp.ones((n, e), dtype))
-        self.gate_ef, self.gate_bias_f = normal(e, f), zeros(f)
-        self.up_ef, self.up_bias_f = normal(e, f), zeros(f)
-        self.down_fe, self.down_bias_e = normal(f, e, scale=small), zeros(e)
-
-    def weights(self) -> dict[str, Array]:
-        return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+        e, f = config.embed_dim, config.inner
+        new = Initial(rngs, dtype, (config.depth,))
+        super().__init__(config, new)
+        self.gate_ef, self.gate_bias_f = new.normal(e, f), new.zeros(f)
+        self.up_ef, self.up_bias_f = new.normal(e, f), new.zeros(f)
+        self.down_fe, self.down_bias_e = new.residual(f, e), new.zeros(e)
 
 
 class WindowedVisionTower(nnx.Module):
@@ -56,17 +48,13 @@ class WindowedVisionTower(nnx.Module):
     ) -> None:
         self.config = config
         e, wide = config.embed_dim, config.embed_dim * config.merged
-
-        def normal(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
-
-        self.patch_ce = normal(config.patch_values, e)
+        new = Initial(rngs, dtype)
+        self.patch_ce = new.normal(config.patch_values, e)
         self.blocks = WindowedBlocks(config, rngs=rngs, dtype=dtype)
-        self.merge_norm_e = nnx.Param(jnp.ones((e,), dtype))
-        self.merge1_gg = normal(wide, wide)
-        self.merge1_bias_g = nnx.Param(jnp.zeros((wide,), dtype))
-        self.merge2_gd = normal(wide, config.out_size)
-        self.merge2_bias_d = nnx.Param(jnp.zeros((config.out_size,), dtype))
+        self.merge_norm_e = new.ones(e)
+        self.merge1_gg, self.merge1_bias_g = new.normal(wide, wide), new.zeros(wide)
+        self.merge2_gd = new.normal(wide, config.out_size)
+        self.merge2_bias_d = new.zeros(config.out_size)
 
     def __call__(
         self,
@@ -103,7 +91,10 @@ class WindowedVisionTower(nnx.Module):
         body = jax.checkpoint(block) if remat else block
         x, _ = jax.lax.scan(body, x, (self.blocks.weights(), full), unroll=unroll)
         x = rms_norm(x, self.merge_norm_e[...], RMS_EPS)
-        x = fold(x, x.shape[0], -1, c.embed_dim * c.merged)
-        x = project("gpi,io->gpo", x, self.merge1_gg[...]) + self.merge1_bias_g[...]
-        x = jax.nn.gelu(x, approximate=False)
-        return project("gpi,id->gpd", x, self.merge2_gd[...]) + self.merge2_bias_d[...]
+        return merge(
+            joined(x, c.embed_dim * c.merged),
+            self.merge1_gg[...],
+            self.merge1_bias_g[...],
+            self.merge2_gd[...],
+            self.merge2_bias_d[...],
+        )

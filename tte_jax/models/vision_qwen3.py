@@ -13,8 +13,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import DeepStackVisionConfig
-from tte_jax.models.vision import LAYER_NORM_EPS, VisionBlocks, vision_attention, vision_rotary
-from tte_jax.nn.linear import fold, lookup, project
+from tte_jax.models.initial import Initial
+from tte_jax.models.vision import (
+    LAYER_NORM_EPS,
+    VisionBlocks,
+    joined,
+    merge,
+    vision_attention,
+    vision_rotary,
+)
+from tte_jax.nn.linear import lookup, project
 from tte_jax.nn.norms import layer_norm
 
 
@@ -32,26 +40,24 @@ class Merger(nnx.Module):
         self.norm_merged = norm_merged
         self.wide = config.embed_dim * config.merged
         size = self.wide if norm_merged else config.embed_dim
-
-        def normal(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
-
-        self.norm_e = nnx.Param(jnp.ones((size,), dtype))
-        self.norm_bias_e = nnx.Param(jnp.zeros((size,), dtype))
-        self.fc1_gg = normal(self.wide, self.wide)
-        self.fc1_bias_g = nnx.Param(jnp.zeros((self.wide,), dtype))
-        self.fc2_gd = normal(self.wide, config.out_size)
-        self.fc2_bias_d = nnx.Param(jnp.zeros((config.out_size,), dtype))
+        new = Initial(rngs, dtype)
+        self.norm_e, self.norm_bias_e = new.ones(size), new.zeros(size)
+        self.fc1_gg, self.fc1_bias_g = new.normal(self.wide, self.wide), new.zeros(self.wide)
+        self.fc2_gd = new.normal(self.wide, config.out_size)
+        self.fc2_bias_d = new.zeros(config.out_size)
 
     def __call__(self, x: Float[Array, "G P E"]) -> Float[Array, "G P/M D"]:
         """`norm_merged` says whether the norm is over the merged vector or over each patch."""
         if self.norm_merged:
-            x = fold(x, x.shape[0], -1, self.wide)
+            x = joined(x, self.wide)
         x = layer_norm(x, self.norm_e[...], self.norm_bias_e[...], LAYER_NORM_EPS)
-        x = fold(x, x.shape[0], -1, self.wide)
-        x = project("gpi,io->gpo", x, self.fc1_gg[...]) + self.fc1_bias_g[...]
-        x = jax.nn.gelu(x, approximate=False)
-        return project("gpi,id->gpd", x, self.fc2_gd[...]) + self.fc2_bias_d[...]
+        return merge(
+            joined(x, self.wide),
+            self.fc1_gg[...],
+            self.fc1_bias_g[...],
+            self.fc2_gd[...],
+            self.fc2_bias_d[...],
+        )
 
 
 class DeepStackVisionTower(nnx.Module):
@@ -62,13 +68,9 @@ class DeepStackVisionTower(nnx.Module):
     ) -> None:
         self.config = config
         e = config.embed_dim
-
-        def normal(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
-
-        self.patch_ce = normal(config.patch_values, e)
-        self.patch_bias_e = nnx.Param(jnp.zeros((e,), dtype))
-        self.table_se = normal(config.table_side**2, e)
+        new = Initial(rngs, dtype)
+        self.patch_ce, self.patch_bias_e = new.normal(config.patch_values, e), new.zeros(e)
+        self.table_se = new.normal(config.table_side**2, e)
         self.blocks = VisionBlocks(config, rngs=rngs, dtype=dtype)
         self.merger = Merger(config, norm_merged=False, rngs=rngs, dtype=dtype)
         for i in range(len(config.deepstack_blocks)):
