@@ -42,6 +42,7 @@ def run_loop(state: Path, data: Path, reranker: str, rounds: int) -> None:
         rounds=rounds,
         model=str(first),
         reranker=reranker,
+        export="",
         rules=Rules(negatives=NEGATIVES, percent_of_positive=0.95, depth=10),
         part_records=8,
         embed_batch=4,
