@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import servers.reranker  # noqa: F401  (before the forks)
 from tests.training.mining import hand
 from training import loop
 from training.data.jsonl import JsonlSource
