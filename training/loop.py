@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from training.data.rows import ExampleSource
-from training.data.sources import open_source
+from training.data.sources import open_source, with_option
 from training.mining import candidates, miner
 from training.mining.embeddings import embed
 from training.mining.records import NONE, RANDOM, Rules
@@ -46,8 +46,7 @@ from tte_jax.stages import EmbedderStage
 log = logging.getLogger(__name__)
 
 TRAINER = (
-    "{python} -m training.contrastive --data {data} --state {state} --round {round} "
-    "--start {model} --out {out}"
+    "{python} -m training.contrastive --config builtin --data {data} --model {model} --out {out}"
 )
 IN_PROCESS = "in-process"
 
@@ -67,10 +66,11 @@ class Config:
       reranker: address of a RerankerService; "" = one is started with `reranker_model`.
       reranker_model: a model directory or a built-in name.
       rules: which negatives, see `mining.records.Rules`.
-      trainer: command that trains a retriever. {data} {state} {round} {negatives} {model} {out}
-        {python} are replaced: the data, this folder, the number of the round, its sealed folder,
-        the retriever to start from, the folder to write. It is run again after a kill, and goes
-        on from what it left in {out}; when it ends with 0, the retriever there is complete.
+      trainer: command that trains a retriever. {data}, {model}, {out}, {round}, {negatives} and
+        {python} are replaced: the data with the round's negatives, the retriever to start from,
+        the folder to write, the round's number and its sealed folder. It is run again after a
+        kill, and goes on from what it left in {out}; when it ends with 0, the retriever is there.
+      export: where below {out} the trainer leaves the model directory; "" = {out} itself.
       start: what a round's training begins with: "previous", the retriever that mined the round,
         or "first", the one that the loop began with, so that rounds differ in their negatives and
         not in how long was trained.
@@ -90,6 +90,7 @@ class Config:
     reranker_model: str = models.RERANKER
     rules: Rules = field(default_factory=Rules)
     trainer: str = TRAINER
+    export: str = "export"
     start: Literal["previous", "first"] = "previous"
     window: int = 8
     patience_s: float = 300.0
@@ -140,7 +141,7 @@ async def run(
         changed half way, or the trainer failed.
       As the source and the services.
     """
-    space = Workspace(config.state)
+    space = Workspace(config.state, config.export)
     with space.locked():
         space.claim(
             {
@@ -148,6 +149,7 @@ async def run(
                 "rules": asdict(config.rules),
                 "model": config.model,
                 "start": config.start,
+                "export": config.export,
                 "part_records": config.part_records,
                 "embed_batch": config.embed_batch,
                 "embed_chunk": config.embed_chunk,
@@ -170,12 +172,12 @@ async def run(
                     log.info("round %d: training", round)
                     train(Training(round, space.round(round), begin, space.model(round), lock))
                 space.mark_trained(round)
-        return space.model(config.rounds - 1)
+        return space.retriever(config.rounds - 1)
 
 
 def retriever(config: Config, space: Workspace, round: int) -> Path:
     """The model directory that mines a round: the first one, later what was trained before."""
-    return space.model(round - 1) if round else Path(config.model)
+    return space.retriever(round - 1) if round else Path(config.model)
 
 
 async def mine_round(
@@ -330,8 +332,7 @@ def command_trainer(config: Config) -> Train:
     def train(asked: Training) -> None:
         values = {
             "python": sys.executable,
-            "data": config.data,
-            "state": config.state,
+            "data": with_option(config.data, "mined", str(asked.negatives.absolute())),
             "round": asked.round,
             "negatives": asked.negatives,
             "model": models.resolve(str(asked.model)),

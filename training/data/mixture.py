@@ -71,19 +71,41 @@ class Mixture(RowSource):
 
 
 def by_dataset(source: ExampleSource) -> Mixture:
-    """A source of one or several data sets as a mixture of equal weight per example.
+    """A source of one or several data sets as a mixture.
 
-    A source that is no mixture yet is read once, for its examples' `dataset`.
+    A mixture is itself, and what wraps one (ECRs, mined negatives) keeps its weights. Any other
+    source is asked for the data set of each example, which then weighs as much as it has examples;
+    only a source that cannot tell is read for it.
     """
     if isinstance(source, Mixture):
         return source
+    inner: object = source
+    # A subset has its own order, and so ends the search.
+    while not isinstance(inner, Subset) and (inner := getattr(inner, "source", None)) is not None:
+        if isinstance(inner, Mixture) and len(inner) == len(source):
+            return Mixture(
+                [
+                    Weighted(p.name, Subset(source, range(*inner.starts[i : i + 2])), p.weight)
+                    for i, p in enumerate(inner.parts)
+                ]
+            )
     members: dict[str, list[int]] = {}
     for index in range(len(source)):
-        one = source.row(index) if isinstance(source, RowSource) else source[index]
-        members.setdefault(one.dataset, []).append(index)
+        members.setdefault(_dataset(source, index), []).append(index)
     return Mixture(
         [Weighted(name, Subset(source, rows), float(len(rows))) for name, rows in members.items()]
     )
+
+
+def _dataset(source: ExampleSource, index: int) -> str:
+    tell = getattr(source, "dataset", None)
+    if tell is not None:
+        return tell(index)
+    inner = getattr(source, "source", None)
+    if inner is not None and not isinstance(source, Subset) and len(inner) == len(source):
+        return _dataset(inner, index)  # what wraps a source keeps its order
+    one = source.row(index) if isinstance(source, RowSource) else source[index]
+    return one.dataset
 
 
 class Subset(RowSource):

@@ -5,14 +5,15 @@
     mmeb:train_image.yaml?root=/data/hub
     emoji:.data/emoji?text=3000&image=1000&composed=2000&seed=0
 
-Any of them takes `ecrs=FILE` (of `training.reason`) and `first=N`.
+Any of them takes `first=N`, `ecrs=FILE` (of `training.reason`), and `mined=FOLDER`, a sealed round
+of `training.loop` that was mined from exactly these data.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from training.data.columns import Columns, ColumnSource, data_files
 from training.data.ecrs import EcrStore, WithEcrs
@@ -45,17 +46,28 @@ def open_source(spec: str) -> ExampleSource:
             field="data",
         )
     options = dict(parse_qsl(query, keep_blank_values=True))
-    ecrs, first = options.pop("ecrs", ""), options.pop("first", "")
+    ecrs, first, mined = (options.pop(name, "") for name in ("ecrs", "first", "mined"))
     if unknown := set(options) - _OPTIONS[kind]:
         raise InvalidInputError(
             f"data {spec!r}: {kind} has no option {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(sorted(_OPTIONS[kind]))}, ecrs, first",
+            f"{', '.join(sorted(_OPTIONS[kind]))}, ecrs, first, mined",
             field="data",
         )
     source = _open(kind, Path(path), options, spec)
     if first:
         source = Subset(source, range(min(_number(first, "first", spec), len(source))))
-    return WithEcrs(source, EcrStore(Path(ecrs))) if ecrs else source
+    if ecrs:
+        source = WithEcrs(source, EcrStore(Path(ecrs)))
+    if mined:
+        from training.mining.mined_source import MinedSource
+
+        return MinedSource.of(source, Path(mined))
+    return source
+
+
+def with_option(spec: str, name: str, value: str) -> str:
+    """The same source with one more option behind it."""
+    return f"{spec}{'&' if '?' in spec else '?'}{name}={quote(value)}"
 
 
 def _open(kind: str, path: Path, options: dict[str, str], spec: str) -> ExampleSource:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from training.data.examples import Document, Example
 from training.data.rows import ExampleSource, pick
 from training.mining.records import UNFILTERED, Record
 from training.mining.rounds import Round
-from training.mining.table import Table
+from training.mining.table import Table, load
 from tte_jax.errors import DataLossError, InvalidInputError
 
 
@@ -46,7 +47,7 @@ class MinedSource:
                 f"{table.fingerprint} with {len(table.queries)} of {len(source)} examples. Use "
                 "the data of that round, or mine again."
             )
-        self._source, self._table, self.round = source, table, round
+        self.source, self._table, self.round = source, table, round
         self._limit = negatives or round.manifest["rules"]["negatives"]
         if filtered is None:
             filtered = round.manifest["rules"]["arm"] != UNFILTERED
@@ -56,10 +57,10 @@ class MinedSource:
         }
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        example = self._source[index]
+        example = self.source[index]
         record = self.record(index)
         chosen = record.negatives
         if not self._filtered:
@@ -79,14 +80,23 @@ class MinedSource:
             positive_score=record.positive_score,
         )
 
+    def dataset(self, index: int) -> str:
+        """Name of an example's data set, without reading the example."""
+        return self._table.datasets[self._table.queries[index].dataset]
+
     def document(self, index: int, at: int) -> Document:
         """See `rows.pick`: positives as in the source, negatives as mined."""
         positives = len(self._table.queries[index].positives)
         return (
-            pick(self._source, index, at)
+            pick(self.source, index, at)
             if at < positives
             else self[index].negatives[at - positives]
         )
+
+    @classmethod
+    def of(cls, source: ExampleSource, folder: Path) -> MinedSource:
+        """A sealed round by its folder, with the table of the loop that it lies in."""
+        return cls(source, Round(folder), load(folder.parent.parent / "table.jsonl"))
 
     def record(self, index: int) -> Record:
         """What the round says of an example: records stand in the order of the examples."""
@@ -100,4 +110,4 @@ class MinedSource:
         return record
 
     def _document(self, dataset: str, key: str) -> Document:
-        return self._table.document(self._source, self._number[dataset, key])
+        return self._table.document(self.source, self._number[dataset, key])

@@ -32,9 +32,15 @@ from tte_jax.errors import DataLossError, PreconditionError
 
 @dataclass(frozen=True)
 class Workspace:
-    """Paths below one folder, and the marks of what is complete."""
+    """Paths below one folder, and the marks of what is complete.
+
+    Attributes:
+      root: the folder.
+      export: where a trainer leaves the model directory below the folder it is given.
+    """
 
     root: Path
+    export: str = ""
 
     @property
     def rounds(self) -> Path:
@@ -54,8 +60,12 @@ class Workspace:
         return self.rounds / name_of(round)
 
     def model(self, round: int) -> Path:
-        """The retriever trained on a round."""
+        """Folder that the trainer of a round is given."""
         return self.root / "models" / name_of(round)
+
+    def retriever(self, round: int) -> Path:
+        """Model directory of the retriever trained on a round."""
+        return self.model(round) / self.export
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -117,16 +127,16 @@ class Workspace:
         mark = self._mark(round)
         if not mark.exists():
             return False
-        if json.loads(mark.read_text())["sha256"] != tree_hash(self.model(round)):
+        if json.loads(mark.read_text())["sha256"] != tree_hash(self.retriever(round)):
             raise DataLossError(
-                f"{self.model(round)} is not what was trained there: its files have changed. "
+                f"{self.retriever(round)} is not what was trained there: its files have changed. "
                 f"Delete {mark.name} beside it, and it is trained again."
             )
         return True
 
     def mark_trained(self, round: int) -> None:
         """Syncs the model's files, then says that it is complete."""
-        folder = self.model(round)
+        folder = self.retriever(round)
         if not folder.is_dir():
             raise PreconditionError(
                 f"the trainer ended without an error, but left no folder {folder}",

@@ -20,13 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 import numpy as np
 
-from servers.errors import ErrorInterceptor
-from servers.reranker import RerankerServicer
-from servers.runtime import SERVER_OPTIONS
-from tte.v1 import reranker_pb2_grpc
 from tte_jax.content import Usage
 from tte_jax.corpus.durable import write_atomically
 from tte_jax.errors import InvalidInputError
@@ -203,6 +198,14 @@ def example_rows(count: int = 30) -> list[dict]:
 @asynccontextmanager
 async def reranker_service(role: HandReranker, port: int = 0) -> AsyncIterator[str]:
     """Yields the address of the real servicer over `role`."""
+    # Services bring JAX, which the processes that only train with these models do without.
+    import grpc
+
+    from servers.errors import ErrorInterceptor
+    from servers.reranker import RerankerServicer
+    from servers.runtime import SERVER_OPTIONS
+    from tte.v1 import reranker_pb2_grpc
+
     server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
     servicer = RerankerServicer(role)  # pyright: ignore[reportArgumentType]
     reranker_pb2_grpc.add_RerankerServiceServicer_to_server(servicer, server)

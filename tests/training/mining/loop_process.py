@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import servers.reranker  # noqa: F401  (before the forks)
 from tests.training.mining import hand
 from training import loop
 from training.data.jsonl import JsonlSource
@@ -42,6 +43,7 @@ def run_loop(state: Path, data: Path, reranker: str, rounds: int) -> None:
         rounds=rounds,
         model=str(first),
         reranker=reranker,
+        export="",
         rules=Rules(negatives=NEGATIVES, percent_of_positive=0.95, depth=10),
         part_records=8,
         embed_batch=4,
