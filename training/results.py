@@ -126,6 +126,6 @@ def export(
 def _name(directory: Path, run: str) -> None:
     """`tte.json` says which run the weights are from; its other entries are the base's."""
     file = directory / "tte.json"
-    spec = json.loads(file.read_text()) if file.is_file() else {"format": 1}
+    spec: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"format": 1}
     spec["version"] = f"{spec.get('version', '')}+{run}".strip("+")
     file.write_text(json.dumps(spec, indent=2) + "\n")
