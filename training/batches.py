@@ -188,7 +188,7 @@ def pack(
             here = slice(number * size, (number + 1) * size)
             parts.append([_Part(length, by[length][here], packing) for by in rows])
     packs = np.array([max(len(one.packs) for one in part) for part in parts], np.int64)
-    if len(packs):
+    if len(packs) and config.vision is not None:
         packs = agree(packs)
     made = []
     for part, count in zip(parts, packs, strict=True):
