@@ -351,18 +351,19 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
                 since, timed, seen = time.monotonic(), step, []
         kept.wait()
 
-        # --- export -------------------------------------------------------------------------
-        exported = None
+        values = None
         if step == config.steps:
             best = kept.best()
             if best is not None and best != step:
                 state = {"trained": trained, "optimiser": opt_state}
                 trained = kept.restore(best, state)["trained"]
-            exported = results.export(parts, trained["model"], frozen, directory, config.out, mesh)
+            values = results.gathered(parts, trained["model"], frozen, mesh)
     kept.close()
     telemetry.close()
     pool.shutdown()
-    return exported
+
+    # --- export -----------------------------------------------------------------------------
+    return None if values is None else results.export(parts, values, directory, config.out)
 
 
 def read_ahead(

@@ -291,19 +291,20 @@ def main(config: Config) -> Path | None:
                 since, timed, seen = time.monotonic(), step, []
         kept.wait()
 
-        # --- export -------------------------------------------------------------------------
-        exported = None
+        values = None
         if step == config.steps:
             best = kept.best()
             if best is not None and best != step:
                 trained = kept.restore(best, {"trained": trained, "optimiser": opt_state})[
                     "trained"
                 ]
-            exported = results.export(parts, trained, frozen, directory, config.out, mesh)
+            values = results.gathered(parts, trained, frozen, mesh)
     kept.close()
     telemetry.close()
     pool.shutdown()
-    return exported
+
+    # --- export -----------------------------------------------------------------------------
+    return None if values is None else results.export(parts, values, directory, config.out)
 
 
 def read_ahead(
