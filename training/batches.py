@@ -17,7 +17,7 @@ Host work on NumPy; `place` puts it on the devices. Several processes agree on s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from tte_jax.engine.vision import Pack, pack_images
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.preprocess.vision_plan import plan_vision
+from tte_jax.sharding import make_mesh
 
 Leaf = Any
 Agree = Callable[[np.ndarray], np.ndarray]
@@ -187,7 +188,7 @@ def pack(
             here = slice(number * size, (number + 1) * size)
             parts.append([_Part(length, by[length][here], packing) for by in rows])
     packs = np.array([max(len(one.packs) for one in part) for part in parts], np.int64)
-    if len(packs):
+    if len(packs) and config.vision is not None:
         packs = agree(packs)
     made = []
     for part, count in zip(parts, packs, strict=True):
@@ -207,10 +208,7 @@ def place(
     Args:
       parts: of each shard of this process; shards: their numbers on the mesh.
     """
-    if mesh is None:
-        (only,) = parts
-        return jax.tree.map(jnp.asarray, only)
-    if parts[0].patches is not None and config.vision is not None:
+    if mesh is not None and parts[0].patches is not None and config.vision is not None:
         features = parts[0].patches.shape[0] * parts[0].patches.shape[1] // config.vision.merged
         parts = [
             _shifted(part, number * features) for part, number in zip(parts, shards, strict=True)
@@ -218,16 +216,24 @@ def place(
     return jax.tree.map(lambda *x: spread(x, mesh, shards), *parts)
 
 
-def spread(parts: Sequence[np.ndarray], mesh: Mesh, shards: Sequence[int]) -> jax.Array:
+def spread(parts: Sequence[np.ndarray], mesh: Mesh | None, shards: Sequence[int]) -> jax.Array:
     """Equal parts of all shards as one array, split over the batch axes along its rows."""
+    if mesh is None:
+        (only,) = parts
+        return jnp.asarray(only)
     rows, total = len(parts[0]), mesh.shape["data"] * mesh.shape["fsdp"]
     by_shard = dict(zip(shards, parts, strict=True))
     where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     return jax.make_array_from_callback(
         (total * rows, *parts[0].shape[1:]),
         where,
-        lambda index: by_shard[(index[0].start or 0) // rows],
+        lambda index: by_shard[_start(index) // rows],
     )
+
+
+def mesh_of(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices of the job; raises InvalidInputError when they are not as many."""
+    return make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], tp=sizes["tp"])
 
 
 def local_shards(mesh: Mesh | None) -> list[int]:
@@ -237,7 +243,12 @@ def local_shards(mesh: Mesh | None) -> list[int]:
     total = mesh.shape["data"] * mesh.shape["fsdp"]
     where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     held = where.addressable_devices_indices_map((total,)).values()
-    return sorted({(index[0].start or 0) for index in held if index is not None})
+    return sorted({_start(index) for index in held})
+
+
+def _start(index: Any) -> int:
+    """The first row that a device holds, of JAX's index of its part."""
+    return index[0].start or 0
 
 
 def agreed(x: np.ndarray) -> np.ndarray:

@@ -203,7 +203,7 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
     launch.initialise(config.job)
     chief, devices = jax.process_index() == 0, jax.device_count()
     sizes = sharding.parse_mesh(config.mesh or f"data={devices}")
-    mesh = sharding.make_mesh(**sizes) if devices > 1 else None
+    mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards = batches.local_shards(mesh)
     total = sizes["data"] * sizes["fsdp"]
     check(config, total, shards)
@@ -241,7 +241,7 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
 
     @jax.jit(donate_argnums=(0, 1))
     def update(trained: Any, opt_state: Any, grads: Any) -> tuple[Any, Any, jax.Array]:
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, norm
 
@@ -254,9 +254,8 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
             agree=batches.agreed,
         )
         on = [batches.place(one, mesh, parts.config, shards) for one in made]
-        if mesh is None:
-            return on, jax.tree.map(jnp.asarray, read.labels[0]), fill
-        return on, jax.tree.map(lambda *x: batches.spread(x, mesh, shards), *read.labels), fill
+        labels = jax.tree.map(lambda *x: batches.spread(x, mesh, shards), *read.labels)
+        return on, labels, fill
 
     def train_step(trained: Any, opt_state: Any, read: Read) -> tuple[Any, Any, Any, Fill]:
         on, labels, fill = on_devices(read, config.counts)
@@ -352,18 +351,19 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
                 since, timed, seen = time.monotonic(), step, []
         kept.wait()
 
-        # --- export -------------------------------------------------------------------------
-        exported = None
+        values = None
         if step == config.steps:
             best = kept.best()
             if best is not None and best != step:
                 state = {"trained": trained, "optimiser": opt_state}
                 trained = kept.restore(best, state)["trained"]
-            exported = results.export(parts, trained["model"], frozen, directory, config.out, mesh)
+            values = results.gathered(parts, trained["model"], frozen, mesh)
     kept.close()
     telemetry.close()
     pool.shutdown()
-    return exported
+
+    # --- export -----------------------------------------------------------------------------
+    return None if values is None else results.export(parts, values, directory, config.out)
 
 
 def read_ahead(
@@ -443,4 +443,4 @@ def go_on(mine: dict[str, Any], found: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(configuration.parse(PRESETS, __doc__.split("\n")[0]))
+    main(configuration.parse(PRESETS, (__doc__ or "").split("\n")[0]))

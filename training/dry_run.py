@@ -125,14 +125,21 @@ def estimate(config: Config) -> Estimate:
         sizes_of["kept layer inputs"] = kept * jnp.dtype(config.dtype).itemsize
     costs = flops.costs(model)
     full = config.tuning.method == "full"
-    seen = dict(
-        tokens=sequences * length,
-        squares=sequences * length**2,
-        patches=sequences * config.packing.patches if model.vision else 0,
-        patch_squares=sequences * config.packing.patches**2 if model.vision else 0,
-    )
-    work = costs.training(**seen, full=full, tower=full and config.tuning.vision) * total
-    once = costs.training(**seen, full=False) / 2 * total  # one more forward, about
+    room = config.packing.patches if model.vision else 0
+
+    def work_of(full: bool, tower: bool) -> float:
+        one = costs.training(
+            tokens=length,
+            squares=length**2,
+            patches=room,
+            patch_squares=room**2,
+            full=full,
+            tower=tower,
+        )
+        return one * vectors
+
+    work = work_of(full, full and config.tuning.vision)
+    once = work_of(False, False) / 2  # one more forward, about
     again = once * (int(config.remat) + int(config.grad_cache))
     return Estimate(
         parameters=forward.parameters,

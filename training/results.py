@@ -93,28 +93,35 @@ def whole(x: Any, mesh: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda y: jax.sharding.reshard(y, PartitionSpec()))(x))
 
 
-def export(
-    parts: Split,
-    trained: parameters.Tree,
-    frozen: parameters.Tree,
-    base: Path,
-    out: Path,
-    mesh: Any,
-) -> Path:
-    """`out/export`, a directory that the servers read; adapters also as PEFT's `out/adapter`."""
-    target = out / "export"
-    gathered = jax.tree.map(lambda x: whole(x, mesh), trained)
+def gathered(
+    parts: Split, trained: parameters.Tree, frozen: parameters.Tree, mesh: Any
+) -> parameters.Tree:
+    """What `export` writes, on every process's host: the adapters, or all parameters."""
+    trained = jax.tree.map(lambda x: whole(x, mesh), trained)
     if parts.tuning.method != "full":
-        if jax.process_index() == 0:
-            adapter = parameters.to_peft(parts, gathered, base=str(base))
-            adapters.save(adapter, out / "adapter")
-            convert.convert(base, target, to="hf", adapter=out / "adapter", force=True)
-    else:
-        kept = {path: whole(x, mesh) for path, x in frozen.items()}
-        if jax.process_index() == 0:
-            model = nnx.merge(parts.graph, nnx.State(parameters.nested({**kept, **gathered})))
-            convert.export_like(model, base, target)
+        return trained
+    return {**{path: whole(x, mesh) for path, x in frozen.items()}, **trained}
+
+
+def export(parts: Split, values: parameters.Tree, base: Path, out: Path) -> Path:
+    """`out/export`, a directory that the servers read; adapters also as PEFT's `out/adapter`.
+
+    Process 0 writes, with its own devices alone; call it outside any mesh.
+
+    Args:
+      values: of `gathered`.
+      base: directory of the model that was trained from.
+    """
+    target = out / "export"
     if jax.process_index() == 0:
+        with jax.default_device(jax.local_devices()[0]):
+            if parts.tuning.method == "full":
+                model = nnx.merge(parts.graph, nnx.State(parameters.nested(values)))
+                convert.export_like(model, base, target)
+            else:
+                adapter = parameters.to_peft(parts, values, base=str(base))
+                adapters.save(adapter, out / "adapter")
+                convert.convert(base, target, to="hf", adapter=out / "adapter", force=True)
         _name(target, out.name)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -126,6 +133,6 @@ def export(
 def _name(directory: Path, run: str) -> None:
     """`tte.json` says which run the weights are from; its other entries are the base's."""
     file = directory / "tte.json"
-    spec = json.loads(file.read_text()) if file.is_file() else {"format": 1}
+    spec: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"format": 1}
     spec["version"] = f"{spec.get('version', '')}+{run}".strip("+")
     file.write_text(json.dumps(spec, indent=2) + "\n")

@@ -150,7 +150,7 @@ def main(config: Config) -> Path | None:
     launch.initialise(config.job)
     chief, devices = jax.process_index() == 0, jax.device_count()
     sizes = sharding.parse_mesh(config.mesh or f"data={devices}")
-    mesh = sharding.make_mesh(**sizes) if devices > 1 else None
+    mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards, total = batches.local_shards(mesh), sizes["data"] * sizes["fsdp"]
     if config.global_batch % total:
         raise InvalidInputError(
@@ -194,7 +194,7 @@ def main(config: Config) -> Path | None:
     def update(trained: Any, opt_state: Any, grads: Any, tokens: Array) -> Any:
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, optax.global_norm(grads)
+        return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(grads)
 
     just_loss = jax.jit(loss_of)
 
@@ -291,19 +291,20 @@ def main(config: Config) -> Path | None:
                 since, timed, seen = time.monotonic(), step, []
         kept.wait()
 
-        # --- export -------------------------------------------------------------------------
-        exported = None
+        values = None
         if step == config.steps:
             best = kept.best()
             if best is not None and best != step:
                 trained = kept.restore(best, {"trained": trained, "optimiser": opt_state})[
                     "trained"
                 ]
-            exported = results.export(parts, trained, frozen, directory, config.out, mesh)
+            values = results.gathered(parts, trained, frozen, mesh)
     kept.close()
     telemetry.close()
     pool.shutdown()
-    return exported
+
+    # --- export -----------------------------------------------------------------------------
+    return None if values is None else results.export(parts, values, directory, config.out)
 
 
 def read_ahead(
@@ -328,4 +329,4 @@ def read_ahead(
 
 
 if __name__ == "__main__":
-    main(configuration.parse(PRESETS, __doc__.split("\n")[0]))
+    main(configuration.parse(PRESETS, (__doc__ or "").split("\n")[0]))

@@ -27,6 +27,7 @@ class Telemetry:
     def __init__(self, out: Path, *, steps: int, first: int = 0, writes: bool = True) -> None:
         self._writes = writes
         self._bar: Progress | None = None
+        self._said = ""
         if not writes:
             return
         from tensorboardX import SummaryWriter
@@ -61,6 +62,7 @@ class Telemetry:
         row = {"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
+        self._said = f"loss {values.get('loss', math.nan):.4g}"
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if not math.isfinite(values.get("loss", 0.0)):
@@ -74,10 +76,10 @@ class Telemetry:
             said = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if "/" not in k)
             print(f"{time.strftime('%H:%M:%S')} step {step}  {said}", flush=True)
 
-    def advance(self, step: int, loss: float | None = None) -> None:
+    def advance(self, step: int) -> None:
+        """Moves the bar; `report` says more."""
         if self._bar is not None:
-            said = {} if loss is None else {"said": f"loss {loss:.4g}"}
-            self._bar.update(self._task, completed=step, **said)
+            self._bar.update(self._task, completed=step, said=self._said)
 
     def close(self) -> None:
         if not self._writes:

@@ -16,7 +16,8 @@ def inputs(
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
-        ids = rng.integers(20, 400, rng.integers(4, longest + 1)).tolist()
+        # Below the control tokens, which the byte alphabet and the merges precede.
+        ids = rng.integers(20, 250, rng.integers(4, longest + 1)).tolist()
         images: list[ImageInput] = []
         if config.vision is not None and number % 3 == 0:
             rows, columns = (2, 4) if number % 2 else (2, 2)

@@ -40,10 +40,10 @@ def rows(out: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, pictures and texts."""
+    """A model and texts; images are in `test_gradcache` and in the run on eight devices."""
     root = tmp_path_factory.mktemp("contrastive")
-    pairs_file.write(root, pictures=True)
-    tiny_models.write_model(root / "model", family="qwen2_vl", roles=["embedder"], seed=5)
+    pairs_file.write(root)
+    tiny_models.write_model(root / "model", family="qwen3", roles=["embedder"], seed=5)
     return root
 
 
@@ -90,7 +90,7 @@ def test_it_learns_and_says_so(uninterrupted: Path, folder: Path) -> None:
 
 def test_the_export_is_served(uninterrupted: Path, folder: Path) -> None:
     served = Embedder.from_pretrained(uninterrupted / "export")
-    assert served.served.name == "tiny-qwen2_vl" and "whole" in json.loads(
+    assert served.served.name == "tiny-qwen3" and "whole" in json.loads(
         (uninterrupted / "export" / "tte.json").read_text()
     )["version"]  # fmt: skip
     ids = np.array([PromptSet.from_dir(folder / "model").tokenizer.encode("an owl")])
@@ -155,8 +155,8 @@ def one_run(folder: str, out: str, checkpoint_every: str) -> None:
 
     advance = telemetry.Telemetry.advance
 
-    def slowly(self: telemetry.Telemetry, step: int, loss: float | None = None) -> None:
-        advance(self, step, loss)
+    def slowly(self: telemetry.Telemetry, step: int) -> None:
+        advance(self, step)
         time.sleep(0.0 if step == 1 else 1.0)
 
     telemetry.Telemetry.advance = slowly
