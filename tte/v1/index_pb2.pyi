@@ -532,7 +532,7 @@ class StatsResponse(_message.Message):
     embedder_version: _builtins.str
     """Version of the embedder that made the vectors."""
     kind: _builtins.str
-    """How searches run now: `exact` or `scann`."""
+    """How searches run now: `exact`, `scann` or `milvus`."""
     generation: _builtins.int
     """Number of the serving generation; grows with every swap."""
     delta_documents: _builtins.int
@@ -668,7 +668,7 @@ class RebuildResponse(_message.Message):
     generation: _builtins.int
     """Its number."""
     kind: _builtins.str
-    """`exact` or `scann`."""
+    """`exact`, `scann` or `milvus`."""
     documents: _builtins.int
     """Documents in it."""
     recall: _builtins.float

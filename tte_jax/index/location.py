@@ -58,6 +58,12 @@ def parse(text: str) -> MilvusLocation | None:
     )
 
 
+def text_of(text: str) -> str:
+    """`text` with the file's path made absolute, as the corpus remembers it; raises as `parse`."""
+    location = parse(text)
+    return location.text if location else SCANN
+
+
 def remembered(store: CorpusStore) -> str:
     return store.value(_REMEMBERED) or SCANN
 
@@ -74,7 +80,7 @@ def choose(store: CorpusStore, wanted: str) -> MilvusLocation | None:
     """
     now = remembered(store)
     location = parse(wanted or now)
-    text = location.text if location else SCANN
+    text = text_of(wanted or now)
     if text != now:
         if store.count():
             raise PreconditionError(
