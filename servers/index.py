@@ -129,6 +129,13 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
         )
         return response
 
+    async def FindReasonings(
+        self, request: index_pb2.FindReasoningsRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.FindReasoningsResponse:
+        hashes = convert.content_hashes(request)
+        found = await self._stage.reasonings_of(hashes, timeout_s=_left(context))
+        return convert.find_reasonings_response(found)
+
     async def Stats(
         self, request: index_pb2.StatsRequest, context: grpc.aio.ServicerContext
     ) -> index_pb2.StatsResponse:

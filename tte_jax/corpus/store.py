@@ -253,6 +253,20 @@ class CorpusStore:
             for row in self._by_id(columns, ids)
         }
 
+    def reasonings_of(self, content_hashes: Sequence[str]) -> dict[tuple[str, str], Reasoning]:
+        """(content hash, reasoner version) → the ECR that documents of that content have."""
+        found: dict[tuple[str, str], Reasoning] = {}
+        with self.reader() as db:
+            for marks, chunk in rows.in_chunks(content_hashes):
+                query = (
+                    "SELECT content_hash, reasoner_version, ecr_text, ecr_think, ecr_answer, "
+                    f"ecr_tokens, ecr_truncated FROM documents WHERE content_hash IN ({marks}) "
+                    "AND reasoner_version != '' GROUP BY 1, 2"
+                )
+                for row in db.execute(query, chunk):
+                    found[row[0], row[1]] = Reasoning(row[2], row[3], row[4], row[5], bool(row[6]))
+        return found
+
     def versions(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
         columns = "id, content_hash, reasoner_version, embedder_version, metadata"
         return {

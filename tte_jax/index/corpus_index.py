@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tte_jax.content import Document
+from tte_jax.content import Document, Reasoning
 from tte_jax.corpus import garbage
 from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import CorpusProfile, Stored, validate, validate_id
@@ -242,6 +242,10 @@ class CorpusIndex:
     def existing(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
         """What the documents that exist were made of; lets an ingest skip finished work."""
         return self.store.versions(ids)
+
+    def reasonings_of(self, content_hashes: Sequence[str]) -> dict[tuple[str, str], Reasoning]:
+        """See `CorpusStore.reasonings_of`; lets an ingest reason once about a content."""
+        return self.store.reasonings_of(content_hashes)
 
     def stats(self) -> IndexStats:
         state = self.vectors.state()
