@@ -7,7 +7,7 @@ the field at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -232,6 +232,36 @@ def search_batch_response(
             reason="RESPONSE_TOO_LARGE",
             bytes=size,
         )
+    return response
+
+
+def content_hashes(request: index_pb2.FindReasoningsRequest) -> list[str]:
+    _check_count(request.content_hashes, "content_hashes", limits.MAX_BATCH_ITEMS)
+    for i, text in enumerate(request.content_hashes):
+        if len(text) != 64 or set(text) - set("0123456789abcdef"):
+            raise InvalidInputError(
+                f"content_hashes[{i}] is {text[:70]!r}: expected 64 hexadecimal digits",
+                field=f"content_hashes[{i}]",
+            )
+    return list(request.content_hashes)
+
+
+def find_reasonings_response(
+    found: Mapping[tuple[str, str], Reasoning],
+) -> index_pb2.FindReasoningsResponse:
+    """As many as fit into a message."""
+    response = index_pb2.FindReasoningsResponse()
+    left = limits.MAX_MESSAGE_BYTES
+    for (content_hash, version), reasoning in found.items():
+        one = index_pb2.ContentReasoning(
+            content_hash=content_hash,
+            reasoner_version=version,
+            reasoning=codec.encode_reasoning(reasoning),
+        )
+        left -= one.ByteSize() + 8
+        if left < 0:
+            break
+        response.reasonings.append(one)
     return response
 
 

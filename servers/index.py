@@ -26,14 +26,17 @@ MOST_PROBLEMS = 1_000
 class IndexServicer(index_pb2_grpc.IndexServiceServicer):
     """The RPCs of `protos/tte/v1/index.proto` over a `LocalIndex`."""
 
-    def __init__(self, path: Path, config: IndexConfig | None = None) -> None:
+    def __init__(self, path: Path, config: IndexConfig | None = None, *, index: str = "") -> None:
         self._path = path
+        self._index = index
         self._config = config
         self._opened: LocalIndex | None = None
 
     async def open(self) -> None:
         """Open the corpus and bring its index up to date; raises as `CorpusIndex.open`."""
-        index = await asyncio.to_thread(CorpusIndex.open, self._path, config=self._config)
+        index = await asyncio.to_thread(
+            CorpusIndex.open, self._path, config=self._config, index=self._index
+        )
         self._opened = LocalIndex(index)
         stats = index.stats()
         log.info(
@@ -125,6 +128,13 @@ class IndexServicer(index_pb2_grpc.IndexServiceServicer):
             if one is not None
         )
         return response
+
+    async def FindReasonings(
+        self, request: index_pb2.FindReasoningsRequest, context: grpc.aio.ServicerContext
+    ) -> index_pb2.FindReasoningsResponse:
+        hashes = convert.content_hashes(request)
+        found = await self._stage.reasonings_of(hashes, timeout_s=_left(context))
+        return convert.find_reasonings_response(found)
 
     async def Stats(
         self, request: index_pb2.StatsRequest, context: grpc.aio.ServicerContext
@@ -218,7 +228,7 @@ async def create(settings: Settings) -> Service:
 
     The corpus is opened while the server warms up; what is wrong with it ends the start then.
     """
-    servicer = IndexServicer(settings.data_dir / CORPUS)
+    servicer = IndexServicer(settings.data_dir / CORPUS, index=settings.index)
     return Service(
         names=(NAME,),
         register=lambda server: index_pb2_grpc.add_IndexServiceServicer_to_server(servicer, server),

@@ -45,6 +45,9 @@ class Settings:
 
     data_dir: Path = _setting(Path(".tte"), "corpus, logs, caches and the state of `all`")
     compile_cache: str = _setting("", "compiled programs; empty = compile-cache in the data dir")
+    index: str = _setting(
+        "", "scann, milvus://host:19530 or milvus:FILE; empty = as the corpus remembers, else scann"
+    )
     reasoner_model: str = _setting("", "model directory")
     embedder_model: str = _setting("", "model directory")
     reranker_model: str = _setting("", "model directory")

@@ -85,5 +85,5 @@ def test_the_services_are_those_of_the_design() -> None:
         True,
     )
     wanted = {"Upsert", "Delete", "Search", "Get", "Stats", "Snapshot", "Rebuild", "Verify"}
-    wanted |= {"SearchBatch", "ListPending", "StageVectors", "PromoteVectors"}
+    wanted |= {"SearchBatch", "FindReasonings", "ListPending", "StageVectors", "PromoteVectors"}
     assert set(methods(index_pb2, "IndexService")) == wanted

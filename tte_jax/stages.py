@@ -240,6 +240,17 @@ class ResumableIndexStage(Protocol):
         ...
 
 
+@runtime_checkable
+class RememberingIndexStage(Protocol):
+    """An index that knows the ECRs of contents; an ingest then reasons once about each."""
+
+    async def reasonings_of(
+        self, content_hashes: Sequence[str], *, timeout_s: float | None = None
+    ) -> Mapping[tuple[str, str], Reasoning]:
+        """(content hash, reasoner version) → ECR, of those that documents have."""
+        ...
+
+
 class ReembeddableIndexStage(Protocol):
     """An index that takes another embedder's vectors beside those that serve."""
 

@@ -238,6 +238,17 @@ class ResumableIndex(FakeIndex):
         }
 
 
+class RememberingIndex(ResumableIndex):
+    async def reasonings_of(
+        self, content_hashes: Sequence[str], *, timeout_s: float | None = None
+    ) -> Mapping[tuple[str, str], Reasoning]:
+        return {
+            (e.document.content.content_hash, e.reasoner_version): e.document.reasoning
+            for e in self.entries.values()
+            if e.document.content.content_hash in content_hashes and e.reasoner_version
+        }
+
+
 def text_of(content: Content) -> str:
     return content.text or b" ".join(m.data for m in content.media).decode()
 

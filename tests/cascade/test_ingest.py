@@ -11,6 +11,7 @@ from tests.cascade.fakes import (
     FakeIndex,
     FakeReasoner,
     FakeReranker,
+    RememberingIndex,
     ResumableIndex,
     collect,
     run,
@@ -466,3 +467,46 @@ def test_usage_without_a_model_keeps_the_version_seen_before():
     last = system.ingest(docs("a", "b"), batch_documents=1)[-1]
     usage = {u.stage: u for u in last.usage}["embed"]
     assert (usage.model_version, usage.tokens_in) == ("embedder-1", 10)
+
+
+def copies(*names):
+    return [Document(name, Content.of("the same picture"), {"name": name}) for name in names]
+
+
+def test_copies_take_the_ecr_that_the_corpus_has_of_their_content():
+    system = System(RememberingIndex())
+    system.ingest(copies("one"))
+    before = len(system.reasoner.items)
+    updates = system.ingest([*copies("two"), *docs("new"), *copies("three")])
+    assert outcome(updates) == {0: ("two", STORED), 1: ("new", STORED), 2: ("three", STORED)}
+    # One question for the model's version, one for the new document, none for the copies.
+    assert [i.content.text for i in system.reasoner.items[before:]] == ["version", "text new"]
+    one, two = system.index.entries["one"], system.index.entries["two"]
+    assert two.document.reasoning == one.document.reasoning != NO_REASONING
+    assert two.reasoner_version == one.reasoner_version != ""
+    np.testing.assert_array_equal(two.vector, one.vector)
+    assert two.document.metadata == {"name": "two"}
+    # Sent again, they are stored unchanged.
+    assert {state for _, state in outcome(system.ingest(copies("two", "three"))).values()} == {
+        SKIPPED
+    }
+
+
+@pytest.mark.parametrize("options", [{"reasoning_tokens": 9}, {"instruction": "find animals"}])
+def test_an_ecr_made_in_another_way_is_not_taken(options):
+    system = System(RememberingIndex())
+    system.ingest(copies("one"))
+    before = len(system.reasoner.items)
+    system.ingest(copies("two"), **options)
+    assert "the same picture" in [i.content.text for i in system.reasoner.items[before:]]
+    assert system.index.entries["two"].reasoner_version != (
+        system.index.entries["one"].reasoner_version
+    )
+
+
+def test_copies_are_reasoned_about_again_on_request():
+    system = System(RememberingIndex())
+    system.ingest(copies("one"))
+    before = len(system.reasoner.items)
+    system.ingest(copies("two"), skip_stored=False)
+    assert [i.content.text for i in system.reasoner.items[before:]] == ["the same picture"]

@@ -327,3 +327,18 @@ def test_killed_servers_lose_nothing_and_two_never_share_a_corpus(tmp_path):
             assert "Traceback" not in errors
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
+
+
+async def test_the_ecrs_of_a_content_are_found_whatever_the_document_s_id(stub, tmp_path):
+    one = make_entry("one", unit(1, 0), text="same", image=b"png")
+    await stub.Upsert(upsert(one, make_entry("other", unit(0, 1))))
+    await stub.Upsert(upsert(make_entry("two", unit(1, 0), text="same", image=b"png")))
+    hash_ = one.document.content.content_hash
+    request = index_pb2.FindReasoningsRequest(content_hashes=[hash_, "0" * 64])
+    (found,) = (await stub.FindReasonings(request)).reasonings
+    assert (found.content_hash, found.reasoner_version) == (hash_, "r1")
+    assert codec.decode_reasoning(found.reasoning).answer in ("one", "two")
+    for bad, field in (([], "content_hashes"), (["0" * 63], "content_hashes[0]")):
+        request = index_pb2.FindReasoningsRequest(content_hashes=bad)
+        code, _, fields = await refused(stub.FindReasonings(request))
+        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])

@@ -29,7 +29,7 @@ from tte.v1 import usage_pb2 as tte_dot_v1_dot_usage__pb2
 from tte.v1 import vector_pb2 as tte_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/index.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x15tte/v1/document.proto\x1a\x13tte/v1/filter.proto\x1a\x12tte/v1/usage.proto\x1a\x13tte/v1/vector.proto\"\x84\x01\n\nIndexEntry\x12\"\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x10.tte.v1.Document\x12\x1e\n\x06vector\x18\x02 \x01(\x0b\x32\x0e.tte.v1.Vector\x12\x18\n\x10reasoner_version\x18\x03 \x01(\t\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\"4\n\rUpsertRequest\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.tte.v1.IndexEntry\"\"\n\x0eUpsertResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x1c\n\rDeleteRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\":\n\x0e\x44\x65leteResponse\x12\x13\n\x0b\x64\x65leted_ids\x18\x01 \x03(\t\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t\"\x80\x01\n\x19IndexServiceSearchRequest\x12\x1e\n\x06vector\x18\x01 \x01(\x0b\x32\x0e.tte.v1.Vector\x12\t\n\x01k\x18\x02 \x01(\r\x12\x1e\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\"\xbc\x01\n\x03Hit\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x02\x12$\n\treasoning\x18\x03 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12+\n\x08metadata\x18\x04 \x03(\x0b\x32\x19.tte.v1.Hit.MetadataEntry\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\"U\n\x1aIndexServiceSearchResponse\x12\x19\n\x04hits\x18\x01 \x03(\x0b\x32\x0b.tte.v1.Hit\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"\x8c\x01\n\x12SearchBatchRequest\x12\x1f\n\x07vectors\x18\x01 \x03(\x0b\x32\x0e.tte.v1.Vector\x12\t\n\x01k\x18\x02 \x01(\r\x12\x1e\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\x12\x10\n\x08ids_only\x18\x05 \x01(\x08\".\n\x11SearchBatchResult\x12\x19\n\x04hits\x18\x01 \x03(\x0b\x32\x0b.tte.v1.Hit\"_\n\x13SearchBatchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.tte.v1.SearchBatchResult\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"-\n\nGetRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x12\n\nomit_media\x18\x02 \x01(\x08\"s\n\x0bGetResponse\x12#\n\tdocuments\x18\x01 \x03(\x0b\x32\x10.tte.v1.Document\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.tte.v1.DocumentVersions\"\\\n\x10\x44ocumentVersions\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\t\x12\x18\n\x10reasoner_version\x18\x02 \x01(\t\x12\x18\n\x10\x65mbedder_version\x18\x03 \x01(\t\"\x0e\n\x0cStatsRequest\"\x9a\x03\n\rStatsResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\tdimension\x18\x03 \x01(\r\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x17\n\x0f\x64\x65lta_documents\x18\x07 \x01(\x04\x12\x12\n\ntombstones\x18\x08 \x01(\x04\x12\x0e\n\x06recall\x18\t \x01(\x01\x12\x12\n\nrebuilding\x18\n \x01(\x08\x12\x19\n\x11snapshot_sequence\x18\x0b \x01(\x04\x12\x16\n\x0e\x64\x61tabase_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bmedia_bytes\x18\r \x01(\x04\x12\x14\n\x0cquery_recall\x18\x0e \x01(\x01\x12\x17\n\x0f\x63hecked_queries\x18\x0f \x01(\x04\x12\x12\n\nlast_error\x18\x10 \x01(\t\x12\x1f\n\x17staged_embedder_version\x18\x11 \x01(\t\x12\x18\n\x10staged_documents\x18\x12 \x01(\x04\"\x11\n\x0fSnapshotRequest\"3\n\x10SnapshotResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x10\n\x0eRebuildRequest\"g\n\x0fRebuildResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x01(\x04\x12\x0e\n\x06recall\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"#\n\rVerifyRequest\x12\x12\n\nomit_media\x18\x01 \x01(\x08\"5\n\x0eVerifyResponse\x12\x10\n\x08problems\x18\x01 \x03(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\"`\n\x12ListPendingRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x10\n\x08\x61\x66ter_id\x18\x03 \x01(\t\x12\x0f\n\x07restart\x18\x04 \x01(\x08\"[\n\x13ListPendingResponse\x12#\n\tdocuments\x18\x01 \x03(\x0b\x32\x10.tte.v1.Document\x12\x0f\n\x07pending\x18\x02 \x01(\x04\x12\x0e\n\x06staged\x18\x03 \x01(\x04\"L\n\x0cStagedVector\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x1e\n\x06vector\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Vector\"V\n\x13StageVectorsRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\x12%\n\x07vectors\x18\x02 \x03(\x0b\x32\x14.tte.v1.StagedVector\")\n\x14StageVectorsResponse\x12\x11\n\tstale_ids\x18\x01 \x03(\t\"1\n\x15PromoteVectorsRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\"N\n\x16PromoteVectorsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x32\x97\x06\n\x0cIndexService\x12\x37\n\x06Upsert\x12\x15.tte.v1.UpsertRequest\x1a\x16.tte.v1.UpsertResponse\x12\x37\n\x06\x44\x65lete\x12\x15.tte.v1.DeleteRequest\x1a\x16.tte.v1.DeleteResponse\x12O\n\x06Search\x12!.tte.v1.IndexServiceSearchRequest\x1a\".tte.v1.IndexServiceSearchResponse\x12\x46\n\x0bSearchBatch\x12\x1a.tte.v1.SearchBatchRequest\x1a\x1b.tte.v1.SearchBatchResponse\x12.\n\x03Get\x12\x12.tte.v1.GetRequest\x1a\x13.tte.v1.GetResponse\x12\x34\n\x05Stats\x12\x14.tte.v1.StatsRequest\x1a\x15.tte.v1.StatsResponse\x12=\n\x08Snapshot\x12\x17.tte.v1.SnapshotRequest\x1a\x18.tte.v1.SnapshotResponse\x12:\n\x07Rebuild\x12\x16.tte.v1.RebuildRequest\x1a\x17.tte.v1.RebuildResponse\x12\x46\n\x0bListPending\x12\x1a.tte.v1.ListPendingRequest\x1a\x1b.tte.v1.ListPendingResponse\x12I\n\x0cStageVectors\x12\x1b.tte.v1.StageVectorsRequest\x1a\x1c.tte.v1.StageVectorsResponse\x12O\n\x0ePromoteVectors\x12\x1d.tte.v1.PromoteVectorsRequest\x1a\x1e.tte.v1.PromoteVectorsResponse\x12\x37\n\x06Verify\x12\x15.tte.v1.VerifyRequest\x1a\x16.tte.v1.VerifyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/index.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x15tte/v1/document.proto\x1a\x13tte/v1/filter.proto\x1a\x12tte/v1/usage.proto\x1a\x13tte/v1/vector.proto\"\x84\x01\n\nIndexEntry\x12\"\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x10.tte.v1.Document\x12\x1e\n\x06vector\x18\x02 \x01(\x0b\x32\x0e.tte.v1.Vector\x12\x18\n\x10reasoner_version\x18\x03 \x01(\t\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\"4\n\rUpsertRequest\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.tte.v1.IndexEntry\"\"\n\x0eUpsertResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x1c\n\rDeleteRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\":\n\x0e\x44\x65leteResponse\x12\x13\n\x0b\x64\x65leted_ids\x18\x01 \x03(\t\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t\"\x80\x01\n\x19IndexServiceSearchRequest\x12\x1e\n\x06vector\x18\x01 \x01(\x0b\x32\x0e.tte.v1.Vector\x12\t\n\x01k\x18\x02 \x01(\r\x12\x1e\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\"\xbc\x01\n\x03Hit\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x02\x12$\n\treasoning\x18\x03 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12+\n\x08metadata\x18\x04 \x03(\x0b\x32\x19.tte.v1.Hit.MetadataEntry\x1a\x46\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tte.v1.MetadataValue:\x02\x38\x01\"U\n\x1aIndexServiceSearchResponse\x12\x19\n\x04hits\x18\x01 \x03(\x0b\x32\x0b.tte.v1.Hit\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"\x8c\x01\n\x12SearchBatchRequest\x12\x1f\n\x07vectors\x18\x01 \x03(\x0b\x32\x0e.tte.v1.Vector\x12\t\n\x01k\x18\x02 \x01(\r\x12\x1e\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Filter\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\x12\x10\n\x08ids_only\x18\x05 \x01(\x08\".\n\x11SearchBatchResult\x12\x19\n\x04hits\x18\x01 \x03(\x0b\x32\x0b.tte.v1.Hit\"_\n\x13SearchBatchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.tte.v1.SearchBatchResult\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"-\n\nGetRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x12\n\nomit_media\x18\x02 \x01(\x08\"s\n\x0bGetResponse\x12#\n\tdocuments\x18\x01 \x03(\x0b\x32\x10.tte.v1.Document\x12\x13\n\x0bunknown_ids\x18\x02 \x03(\t\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.tte.v1.DocumentVersions\"\\\n\x10\x44ocumentVersions\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\t\x12\x18\n\x10reasoner_version\x18\x02 \x01(\t\x12\x18\n\x10\x65mbedder_version\x18\x03 \x01(\t\"/\n\x15\x46indReasoningsRequest\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"h\n\x10\x43ontentReasoning\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\t\x12\x18\n\x10reasoner_version\x18\x02 \x01(\t\x12$\n\treasoning\x18\x03 \x01(\x0b\x32\x11.tte.v1.Reasoning\"F\n\x16\x46indReasoningsResponse\x12,\n\nreasonings\x18\x01 \x03(\x0b\x32\x18.tte.v1.ContentReasoning\"\x0e\n\x0cStatsRequest\"\x9a\x03\n\rStatsResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\tdimension\x18\x03 \x01(\r\x12\x18\n\x10\x65mbedder_version\x18\x04 \x01(\t\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x17\n\x0f\x64\x65lta_documents\x18\x07 \x01(\x04\x12\x12\n\ntombstones\x18\x08 \x01(\x04\x12\x0e\n\x06recall\x18\t \x01(\x01\x12\x12\n\nrebuilding\x18\n \x01(\x08\x12\x19\n\x11snapshot_sequence\x18\x0b \x01(\x04\x12\x16\n\x0e\x64\x61tabase_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bmedia_bytes\x18\r \x01(\x04\x12\x14\n\x0cquery_recall\x18\x0e \x01(\x01\x12\x17\n\x0f\x63hecked_queries\x18\x0f \x01(\x04\x12\x12\n\nlast_error\x18\x10 \x01(\t\x12\x1f\n\x17staged_embedder_version\x18\x11 \x01(\t\x12\x18\n\x10staged_documents\x18\x12 \x01(\x04\"\x11\n\x0fSnapshotRequest\"3\n\x10SnapshotResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x10\n\x0eRebuildRequest\"g\n\x0fRebuildResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x01(\x04\x12\x0e\n\x06recall\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"#\n\rVerifyRequest\x12\x12\n\nomit_media\x18\x01 \x01(\x08\"5\n\x0eVerifyResponse\x12\x10\n\x08problems\x18\x01 \x03(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\"`\n\x12ListPendingRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x10\n\x08\x61\x66ter_id\x18\x03 \x01(\t\x12\x0f\n\x07restart\x18\x04 \x01(\x08\"[\n\x13ListPendingResponse\x12#\n\tdocuments\x18\x01 \x03(\x0b\x32\x10.tte.v1.Document\x12\x0f\n\x07pending\x18\x02 \x01(\x04\x12\x0e\n\x06staged\x18\x03 \x01(\x04\"L\n\x0cStagedVector\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x1e\n\x06vector\x18\x03 \x01(\x0b\x32\x0e.tte.v1.Vector\"V\n\x13StageVectorsRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\x12%\n\x07vectors\x18\x02 \x03(\x0b\x32\x14.tte.v1.StagedVector\")\n\x14StageVectorsResponse\x12\x11\n\tstale_ids\x18\x01 \x03(\t\"1\n\x15PromoteVectorsRequest\x12\x18\n\x10\x65mbedder_version\x18\x01 \x01(\t\"N\n\x16PromoteVectorsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x32\xe8\x06\n\x0cIndexService\x12\x37\n\x06Upsert\x12\x15.tte.v1.UpsertRequest\x1a\x16.tte.v1.UpsertResponse\x12\x37\n\x06\x44\x65lete\x12\x15.tte.v1.DeleteRequest\x1a\x16.tte.v1.DeleteResponse\x12O\n\x06Search\x12!.tte.v1.IndexServiceSearchRequest\x1a\".tte.v1.IndexServiceSearchResponse\x12\x46\n\x0bSearchBatch\x12\x1a.tte.v1.SearchBatchRequest\x1a\x1b.tte.v1.SearchBatchResponse\x12.\n\x03Get\x12\x12.tte.v1.GetRequest\x1a\x13.tte.v1.GetResponse\x12O\n\x0e\x46indReasonings\x12\x1d.tte.v1.FindReasoningsRequest\x1a\x1e.tte.v1.FindReasoningsResponse\x12\x34\n\x05Stats\x12\x14.tte.v1.StatsRequest\x1a\x15.tte.v1.StatsResponse\x12=\n\x08Snapshot\x12\x17.tte.v1.SnapshotRequest\x1a\x18.tte.v1.SnapshotResponse\x12:\n\x07Rebuild\x12\x16.tte.v1.RebuildRequest\x1a\x17.tte.v1.RebuildResponse\x12\x46\n\x0bListPending\x12\x1a.tte.v1.ListPendingRequest\x1a\x1b.tte.v1.ListPendingResponse\x12I\n\x0cStageVectors\x12\x1b.tte.v1.StageVectorsRequest\x1a\x1c.tte.v1.StageVectorsResponse\x12O\n\x0ePromoteVectors\x12\x1d.tte.v1.PromoteVectorsRequest\x1a\x1e.tte.v1.PromoteVectorsResponse\x12\x37\n\x06Verify\x12\x15.tte.v1.VerifyRequest\x1a\x16.tte.v1.VerifyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -68,36 +68,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETRESPONSE']._serialized_end=1311
   _globals['_DOCUMENTVERSIONS']._serialized_start=1313
   _globals['_DOCUMENTVERSIONS']._serialized_end=1405
-  _globals['_STATSREQUEST']._serialized_start=1407
-  _globals['_STATSREQUEST']._serialized_end=1421
-  _globals['_STATSRESPONSE']._serialized_start=1424
-  _globals['_STATSRESPONSE']._serialized_end=1834
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1836
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1853
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1855
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1906
-  _globals['_REBUILDREQUEST']._serialized_start=1908
-  _globals['_REBUILDREQUEST']._serialized_end=1924
-  _globals['_REBUILDRESPONSE']._serialized_start=1926
-  _globals['_REBUILDRESPONSE']._serialized_end=2029
-  _globals['_VERIFYREQUEST']._serialized_start=2031
-  _globals['_VERIFYREQUEST']._serialized_end=2066
-  _globals['_VERIFYRESPONSE']._serialized_start=2068
-  _globals['_VERIFYRESPONSE']._serialized_end=2121
-  _globals['_LISTPENDINGREQUEST']._serialized_start=2123
-  _globals['_LISTPENDINGREQUEST']._serialized_end=2219
-  _globals['_LISTPENDINGRESPONSE']._serialized_start=2221
-  _globals['_LISTPENDINGRESPONSE']._serialized_end=2312
-  _globals['_STAGEDVECTOR']._serialized_start=2314
-  _globals['_STAGEDVECTOR']._serialized_end=2390
-  _globals['_STAGEVECTORSREQUEST']._serialized_start=2392
-  _globals['_STAGEVECTORSREQUEST']._serialized_end=2478
-  _globals['_STAGEVECTORSRESPONSE']._serialized_start=2480
-  _globals['_STAGEVECTORSRESPONSE']._serialized_end=2521
-  _globals['_PROMOTEVECTORSREQUEST']._serialized_start=2523
-  _globals['_PROMOTEVECTORSREQUEST']._serialized_end=2572
-  _globals['_PROMOTEVECTORSRESPONSE']._serialized_start=2574
-  _globals['_PROMOTEVECTORSRESPONSE']._serialized_end=2652
-  _globals['_INDEXSERVICE']._serialized_start=2655
-  _globals['_INDEXSERVICE']._serialized_end=3446
+  _globals['_FINDREASONINGSREQUEST']._serialized_start=1407
+  _globals['_FINDREASONINGSREQUEST']._serialized_end=1454
+  _globals['_CONTENTREASONING']._serialized_start=1456
+  _globals['_CONTENTREASONING']._serialized_end=1560
+  _globals['_FINDREASONINGSRESPONSE']._serialized_start=1562
+  _globals['_FINDREASONINGSRESPONSE']._serialized_end=1632
+  _globals['_STATSREQUEST']._serialized_start=1634
+  _globals['_STATSREQUEST']._serialized_end=1648
+  _globals['_STATSRESPONSE']._serialized_start=1651
+  _globals['_STATSRESPONSE']._serialized_end=2061
+  _globals['_SNAPSHOTREQUEST']._serialized_start=2063
+  _globals['_SNAPSHOTREQUEST']._serialized_end=2080
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=2082
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=2133
+  _globals['_REBUILDREQUEST']._serialized_start=2135
+  _globals['_REBUILDREQUEST']._serialized_end=2151
+  _globals['_REBUILDRESPONSE']._serialized_start=2153
+  _globals['_REBUILDRESPONSE']._serialized_end=2256
+  _globals['_VERIFYREQUEST']._serialized_start=2258
+  _globals['_VERIFYREQUEST']._serialized_end=2293
+  _globals['_VERIFYRESPONSE']._serialized_start=2295
+  _globals['_VERIFYRESPONSE']._serialized_end=2348
+  _globals['_LISTPENDINGREQUEST']._serialized_start=2350
+  _globals['_LISTPENDINGREQUEST']._serialized_end=2446
+  _globals['_LISTPENDINGRESPONSE']._serialized_start=2448
+  _globals['_LISTPENDINGRESPONSE']._serialized_end=2539
+  _globals['_STAGEDVECTOR']._serialized_start=2541
+  _globals['_STAGEDVECTOR']._serialized_end=2617
+  _globals['_STAGEVECTORSREQUEST']._serialized_start=2619
+  _globals['_STAGEVECTORSREQUEST']._serialized_end=2705
+  _globals['_STAGEVECTORSRESPONSE']._serialized_start=2707
+  _globals['_STAGEVECTORSRESPONSE']._serialized_end=2748
+  _globals['_PROMOTEVECTORSREQUEST']._serialized_start=2750
+  _globals['_PROMOTEVECTORSREQUEST']._serialized_end=2799
+  _globals['_PROMOTEVECTORSRESPONSE']._serialized_start=2801
+  _globals['_PROMOTEVECTORSRESPONSE']._serialized_end=2879
+  _globals['_INDEXSERVICE']._serialized_start=2882
+  _globals['_INDEXSERVICE']._serialized_end=3754
 # @@protoc_insertion_point(module_scope)

@@ -483,6 +483,86 @@ class DocumentVersions(_message.Message):
 Global___DocumentVersions: _TypeAlias = DocumentVersions  # noqa: Y015
 
 @_typing.final
+class FindReasoningsRequest(_message.Message):
+    """Request of `FindReasonings`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def content_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 to 64 hashes of contents, as in `DocumentVersions.content_hash`."""
+
+    def __init__(
+        self,
+        *,
+        content_hashes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hashes", b"content_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindReasoningsRequest: _TypeAlias = FindReasoningsRequest  # noqa: Y015
+
+@_typing.final
+class ContentReasoning(_message.Message):
+    """The ECR that one version of the reasoner wrote for a content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    REASONER_VERSION_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    content_hash: _builtins.str
+    """Hash of the content."""
+    reasoner_version: _builtins.str
+    """Version of the reasoner, as given in `IndexEntry.reasoner_version`."""
+    @_builtins.property
+    def reasoning(self) -> _content_pb2.Reasoning:
+        """The ECR."""
+
+    def __init__(
+        self,
+        *,
+        content_hash: _builtins.str = ...,
+        reasoner_version: _builtins.str = ...,
+        reasoning: _content_pb2.Reasoning | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reasoning", b"reasoning"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "reasoner_version", b"reasoner_version", "reasoning", b"reasoning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContentReasoning: _TypeAlias = ContentReasoning  # noqa: Y015
+
+@_typing.final
+class FindReasoningsResponse(_message.Message):
+    """Response of `FindReasonings`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASONINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reasonings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentReasoning]:
+        """At most one for each content and version, in no order."""
+
+    def __init__(
+        self,
+        *,
+        reasonings: _abc.Iterable[Global___ContentReasoning] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reasonings", b"reasonings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindReasoningsResponse: _TypeAlias = FindReasoningsResponse  # noqa: Y015
+
+@_typing.final
 class StatsRequest(_message.Message):
     """Request of `Stats`."""
 
@@ -532,7 +612,7 @@ class StatsResponse(_message.Message):
     embedder_version: _builtins.str
     """Version of the embedder that made the vectors."""
     kind: _builtins.str
-    """How searches run now: `exact` or `scann`."""
+    """How searches run now: `exact`, `scann` or `milvus`."""
     generation: _builtins.int
     """Number of the serving generation; grows with every swap."""
     delta_documents: _builtins.int
@@ -668,7 +748,7 @@ class RebuildResponse(_message.Message):
     generation: _builtins.int
     """Its number."""
     kind: _builtins.str
-    """`exact` or `scann`."""
+    """`exact`, `scann` or `milvus`."""
     documents: _builtins.int
     """Documents in it."""
     recall: _builtins.float

@@ -65,6 +65,11 @@ class IndexServiceStub:
                 request_serializer=tte_dot_v1_dot_index__pb2.GetRequest.SerializeToString,
                 response_deserializer=tte_dot_v1_dot_index__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.FindReasonings = channel.unary_unary(
+                '/tte.v1.IndexService/FindReasonings',
+                request_serializer=tte_dot_v1_dot_index__pb2.FindReasoningsRequest.SerializeToString,
+                response_deserializer=tte_dot_v1_dot_index__pb2.FindReasoningsResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/tte.v1.IndexService/Stats',
                 request_serializer=tte_dot_v1_dot_index__pb2.StatsRequest.SerializeToString,
@@ -153,6 +158,17 @@ class IndexServiceServicer:
 
         Errors: INVALID_ARGUMENT with reason RESPONSE_TOO_LARGE when the media together exceed a
         message; ask for fewer ids, or set `omit_media`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindReasonings(self, request, context):
+        """The ECRs that documents of given contents have, whatever their ids: an ingest of copies need not
+        reason again. Contents that no document has are left out, and so is what does not fit into a
+        message: it is a saving, never the truth.
+
+        Errors: INVALID_ARGUMENT (not 1 to 64 hashes of 64 hexadecimal digits).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -251,6 +267,11 @@ def add_IndexServiceServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=tte_dot_v1_dot_index__pb2.GetRequest.FromString,
                     response_serializer=tte_dot_v1_dot_index__pb2.GetResponse.SerializeToString,
+            ),
+            'FindReasonings': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindReasonings,
+                    request_deserializer=tte_dot_v1_dot_index__pb2.FindReasoningsRequest.FromString,
+                    response_serializer=tte_dot_v1_dot_index__pb2.FindReasoningsResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -429,6 +450,33 @@ class IndexService:
             '/tte.v1.IndexService/Get',
             tte_dot_v1_dot_index__pb2.GetRequest.SerializeToString,
             tte_dot_v1_dot_index__pb2.GetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindReasonings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tte.v1.IndexService/FindReasonings',
+            tte_dot_v1_dot_index__pb2.FindReasoningsRequest.SerializeToString,
+            tte_dot_v1_dot_index__pb2.FindReasoningsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,13 @@ class IndexServiceStub:
     Errors: INVALID_ARGUMENT with reason RESPONSE_TOO_LARGE when the media together exceed a
     message; ask for fewer ids, or set `omit_media`.
     """
+    FindReasonings: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindReasoningsRequest, _index_pb2.FindReasoningsResponse]
+    """The ECRs that documents of given contents have, whatever their ids: an ingest of copies need not
+    reason again. Contents that no document has are left out, and so is what does not fit into a
+    message: it is a saving, never the truth.
+
+    Errors: INVALID_ARGUMENT (not 1 to 64 hashes of 64 hexadecimal digits).
+    """
     Stats: _grpc.UnaryUnaryMultiCallable[_index_pb2.StatsRequest, _index_pb2.StatsResponse]
     """Size, health and versions of the corpus and the index."""
     Snapshot: _grpc.UnaryUnaryMultiCallable[_index_pb2.SnapshotRequest, _index_pb2.SnapshotResponse]
@@ -137,6 +144,13 @@ class IndexServiceAsyncStub(IndexServiceStub):
 
     Errors: INVALID_ARGUMENT with reason RESPONSE_TOO_LARGE when the media together exceed a
     message; ask for fewer ids, or set `omit_media`.
+    """
+    FindReasonings: _aio.UnaryUnaryMultiCallable[_index_pb2.FindReasoningsRequest, _index_pb2.FindReasoningsResponse]  # type: ignore[assignment]
+    """The ECRs that documents of given contents have, whatever their ids: an ingest of copies need not
+    reason again. Contents that no document has are left out, and so is what does not fit into a
+    message: it is a saving, never the truth.
+
+    Errors: INVALID_ARGUMENT (not 1 to 64 hashes of 64 hexadecimal digits).
     """
     Stats: _aio.UnaryUnaryMultiCallable[_index_pb2.StatsRequest, _index_pb2.StatsResponse]  # type: ignore[assignment]
     """Size, health and versions of the corpus and the index."""
@@ -237,6 +251,19 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT with reason RESPONSE_TOO_LARGE when the media together exceed a
         message; ask for fewer ids, or set `omit_media`.
+        """
+
+    @_abc_1.abstractmethod
+    def FindReasonings(
+        self,
+        request: _index_pb2.FindReasoningsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.FindReasoningsResponse, _abc.Awaitable[_index_pb2.FindReasoningsResponse]]:
+        """The ECRs that documents of given contents have, whatever their ids: an ingest of copies need not
+        reason again. Contents that no document has are left out, and so is what does not fit into a
+        message: it is a saving, never the truth.
+
+        Errors: INVALID_ARGUMENT (not 1 to 64 hashes of 64 hexadecimal digits).
         """
 
     @_abc_1.abstractmethod

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -30,7 +30,7 @@ from tte_jax.cascade.messages import (
     ItemResult,
     ItemState,
 )
-from tte_jax.content import NO_REASONING, Content, Side, Usage
+from tte_jax.content import NO_REASONING, Content, Reasoning, Side, Usage
 from tte_jax.errors import (
     DeadlineExceededError,
     InternalError,
@@ -41,7 +41,14 @@ from tte_jax.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from tte_jax.stages import EmbedItem, IndexEntry, ReasonItem, ResumableIndexStage, StoredVersions
+from tte_jax.stages import (
+    EmbedItem,
+    IndexEntry,
+    ReasonItem,
+    RememberingIndexStage,
+    ResumableIndexStage,
+    StoredVersions,
+)
 
 if TYPE_CHECKING:
     from tte_jax.cascade.cascade import Cascade
@@ -237,7 +244,36 @@ class Ingest:
                 work.reasoner_version = self._stamp(usage.model_version)
             return list(works)
 
-        return await self._isolated(batch, call)
+        known = await self._reasoned_before(batch)
+        todo = [work for work in batch if work.position not in known]
+        done = await self._isolated(todo, call) if todo else []
+        return sorted(
+            done + [work for work in batch if work.position in known], key=lambda w: w.position
+        )
+
+    async def _reasoned_before(self, batch: list[Work]) -> set[int]:
+        """Gives the works the ECR that the corpus has of the same content, made by the same model
+        in the same way; returns their positions. A copy costs no reasoning, whatever its id."""
+        index = self.cascade.index
+        if not self.options.skip_stored or not isinstance(index, RememberingIndexStage):
+            return set()
+        hashes = list(dict.fromkeys(work.document.content.content_hash for work in batch))
+
+        async def ask() -> tuple[Mapping[tuple[str, str], Reasoning], Usage]:
+            return await index.reasonings_of(hashes, timeout_s=CALL_S), Usage("index")
+
+        found, _ = await self._patient("index", ask)
+        if not found:
+            return set()
+        reasoner, _ = await self._current_versions()
+        known: set[int] = set()
+        for work in batch:
+            reasoning = found.get((work.document.content.content_hash, reasoner))
+            if reasoning is not None:
+                work.document = replace(work.document, reasoning=reasoning)
+                work.reasoner_version = reasoner
+                known.add(work.position)
+        return known
 
     async def _embed(self, batch: list[Work]) -> list[Work]:
         async def call(works: Sequence[Work]) -> list[Work]:

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from tte_jax.cli import connection, corpus, exits, launch, options, state
 from tte_jax.cli.output import Output
+from tte_jax.index import location
 
 
 def serve(
@@ -37,6 +38,14 @@ def serve(
             "--corpus/--no-corpus", envvar="TTE_SERVE_CORPUS", help="Ingest the built-in corpus."
         ),
     ] = True,
+    index: Annotated[
+        str,
+        typer.Option(
+            envvar="TTE_INDEX",
+            help="Where vectors are searched: scann, milvus://host:19530, or milvus:FILE "
+            "(milvus-lite). Default: as the corpus remembers, else scann.",
+        ),
+    ] = "",
     start_timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that the services get to start.")
     ] = 600.0,
@@ -49,6 +58,8 @@ def serve(
     out = Output(json=json)
     folder = state.data_dir(data_dir)
     flags = [*launch.model_flags(models), *launch.placement_flags(quantise, mesh)]
+    if index:
+        flags.append(f"--index={location.text_of(index)}")
     if port is not None:
         flags.append(f"--port={port}")
     if corpus_:

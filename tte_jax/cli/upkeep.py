@@ -1,8 +1,9 @@
-"""`tte corpus`: backup, restore, verify and re-embed."""
+"""`tte corpus`: backup, restore, verify, migrate and re-embed."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,15 @@ from tte_jax.cli.output import Output
 from tte_jax.cli.progress import bar
 from tte_jax.client import RemoteEmbedder, RemoteIndex
 from tte_jax.corpus import backup as backups
+from tte_jax.corpus.store import CorpusStore
+from tte_jax.errors import NotFoundError
+from tte_jax.index import migration
 from tte_jax.index.consistency import problems_at_rest
 
 CORPUS = "corpus"
 
 app = typer.Typer(
-    name="corpus", no_args_is_help=True, help="Backup, restore, verify or re-embed a corpus."
+    name="corpus", no_args_is_help=True, help="Backup, restore, verify, move or re-embed a corpus."
 )
 
 BackupFolder = Annotated[Path, typer.Argument(help="Folder of the backup.", show_default=False)]
@@ -84,6 +88,40 @@ def verify(
     out.document(lambda: {"verified": str(where), "problems": problems})
     if problems:
         raise typer.Exit(exits.FAILED)
+
+
+@app.command()
+def migrate(
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="Where to: scann, milvus://host:19530, or milvus:FILE (milvus-lite).",
+            show_default=False,
+        ),
+    ],
+    data_dir: options.DataDir = None,
+    json: options.Json = False,
+) -> None:
+    """Move the corpus's index, while nothing serves the corpus. The documents stay where they are.
+
+    Run it again after an interruption: it goes on from there. The corpus changes over only when
+    every document has been compared.
+    """
+    out = Output(json=json)
+    corpus = _corpus(data_dir)
+    if not corpus.is_dir():
+        raise NotFoundError(f"there is no corpus in {corpus}: nothing to migrate")
+    with closing(CorpusStore.open(corpus)) as store, bar("Moving", store.count(), out) as advance:
+        moved = migration.migrate(store, to, progress=lambda done, _: advance(done))
+    if moved.source == moved.target:
+        out.show(f"The index of {escape(str(corpus))} is {escape(moved.target)} already.")
+    else:
+        out.show(
+            f"The index of {escape(str(corpus))} is {escape(moved.target)} now: "
+            f"{moved.documents:,} documents, {moved.loaded:,} of them moved in this run."
+        )
+    out.document(lambda: vars(moved))
 
 
 @app.command()

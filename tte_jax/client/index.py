@@ -12,8 +12,8 @@ from tte_jax import codec
 from tte_jax.client.channel import Endpoint
 from tte_jax.client.remote import Remote, answers
 from tte_jax.client.status import translated
-from tte_jax.content import Document, Usage
-from tte_jax.errors import InternalError, InvalidInputError
+from tte_jax.content import Document, Reasoning, Usage
+from tte_jax.errors import InternalError, InvalidInputError, UnsupportedError
 from tte_jax.filters import Filter
 from tte_jax.limits import (
     MAX_BATCH_ITEMS,
@@ -143,6 +143,25 @@ class RemoteIndex(Remote):
                         made.embedder_version,
                         codec.decode_metadata(document.metadata, "document.metadata"),
                     )
+        return found
+
+    async def reasonings_of(
+        self, content_hashes: Sequence[str], *, timeout_s: float | None = None
+    ) -> Mapping[tuple[str, str], Reasoning]:
+        """(content hash, reasoner version) → ECR; nothing from a service that cannot tell."""
+        found: dict[tuple[str, str], Reasoning] = {}
+        for some in _chunks(content_hashes, MAX_BATCH_ITEMS):
+            request = index_pb2.FindReasoningsRequest(content_hashes=some)
+            try:
+                with translated(self.peer):
+                    response = await self._stub.FindReasonings(
+                        request, timeout=timeout_s, metadata=self.metadata
+                    )
+            except UnsupportedError:
+                return {}
+            for one in response.reasonings:
+                reasoning = codec.decode_reasoning(one.reasoning)
+                found[one.content_hash, one.reasoner_version] = reasoning
         return found
 
     async def pending(

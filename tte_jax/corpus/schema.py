@@ -10,7 +10,7 @@ from tte_jax.errors import DataLossError, PreconditionError
 
 # "TTEC" as a big-endian integer: tells a corpus from any other SQLite file.
 APPLICATION_ID = 0x54544543
-VERSION = 2
+VERSION = 3
 
 # The vector stands last: SQLite reads a row from its beginning, and most reads do not want it.
 _TABLES = """
@@ -61,10 +61,16 @@ CREATE TABLE staged (
 )
 """
 
+# Version 3: the ECRs of a content, whatever its document's id (`CorpusStore.reasonings_of`).
+_BY_CONTENT = "CREATE INDEX documents_by_content ON documents (content_hash, reasoner_version)"
+
 Migration = Callable[[sqlite3.Connection], object]
 
 # MIGRATIONS[v] turns a corpus of version v into one of version v + 1.
-MIGRATIONS: Mapping[int, Migration] = {1: lambda connection: connection.execute(_STAGED)}
+MIGRATIONS: Mapping[int, Migration] = {
+    1: lambda connection: connection.execute(_STAGED),
+    2: lambda connection: connection.execute(_BY_CONTENT),
+}
 
 
 def prepare(

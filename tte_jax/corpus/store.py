@@ -253,6 +253,20 @@ class CorpusStore:
             for row in self._by_id(columns, ids)
         }
 
+    def reasonings_of(self, content_hashes: Sequence[str]) -> dict[tuple[str, str], Reasoning]:
+        """(content hash, reasoner version) → the ECR that documents of that content have."""
+        found: dict[tuple[str, str], Reasoning] = {}
+        with self.reader() as db:
+            for marks, chunk in rows.in_chunks(content_hashes):
+                query = (
+                    "SELECT content_hash, reasoner_version, ecr_text, ecr_think, ecr_answer, "
+                    f"ecr_tokens, ecr_truncated FROM documents WHERE content_hash IN ({marks}) "
+                    "AND reasoner_version != '' GROUP BY 1, 2"
+                )
+                for row in db.execute(query, chunk):
+                    found[row[0], row[1]] = Reasoning(row[2], row[3], row[4], row[5], bool(row[6]))
+        return found
+
     def versions(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
         columns = "id, content_hash, reasoner_version, embedder_version, metadata"
         return {
@@ -287,10 +301,20 @@ class CorpusStore:
     def entries_of(self, ids: Sequence[str]) -> list[Stored]:
         """What the index needs of the documents that exist, in any order."""
         columns = "sequence, id, dimension, vector, metadata"
-        return [
-            Stored(row[0], row[1], decode_vector(row[3], row[2], row[1]), decode_metadata(row[4]))
-            for row in self._by_id(columns, ids)
-        ]
+        return [_stored(row) for row in self._by_id(columns, ids)]
+
+    def page(self, after: str, limit: int) -> list[Stored]:
+        """At most `limit` documents of greater id than `after`, in order of id."""
+        query = (
+            "SELECT sequence, id, dimension, vector, metadata FROM documents WHERE id > ? "
+            "ORDER BY id LIMIT ?"
+        )
+        with self.reader() as db:
+            return [_stored(row) for row in db.execute(query, (after, limit))]
+
+    def metadata_of(self, ids: Sequence[str]) -> dict[str, Metadata]:
+        """The metadata of the ids that exist."""
+        return {row[0]: decode_metadata(row[1]) for row in self._by_id("id, metadata", ids)}
 
     def media_of(self, ids: Sequence[str]) -> set[str]:
         """Hashes of the media that the given documents name."""
@@ -404,6 +428,11 @@ class CorpusStore:
                 query = f"SELECT {columns} FROM documents WHERE id IN ({marks})"
                 found += db.execute(query, chunk).fetchall()
         return found
+
+
+def _stored(row: tuple) -> Stored:
+    sequence, id, dimension, vector, metadata = row
+    return Stored(sequence, id, decode_vector(vector, dimension, id), decode_metadata(metadata))
 
 
 def _quoted(path: Path) -> str:

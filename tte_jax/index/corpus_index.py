@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tte_jax.content import Document
+from tte_jax.content import Document, Reasoning
 from tte_jax.corpus import garbage
 from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import CorpusProfile, Stored, validate, validate_id
@@ -19,9 +19,10 @@ from tte_jax.corpus.staging import Staging, StagingState
 from tte_jax.corpus.store import MEDIA, CorpusStore
 from tte_jax.errors import InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
-from tte_jax.index import consistency, documents
+from tte_jax.index import consistency, documents, location
 from tte_jax.index.live import IndexConfig
 from tte_jax.index.maintenance import Job, Maintenance
+from tte_jax.index.milvus_index import MilvusIndex
 from tte_jax.index.protocol import VectorIndex
 from tte_jax.index.reports import Fetched, Found, IndexStats, RebuildReport, SnapshotReport
 from tte_jax.index.scann_index import ScannIndex
@@ -49,6 +50,7 @@ class CorpusIndex:
         media_uri: str = "",
         config: IndexConfig | None = None,
         snapshot_every: int = 10_000,
+        index: str = "",
     ) -> None:
         self.store = CorpusStore.open(path)
         try:
@@ -57,8 +59,11 @@ class CorpusIndex:
             # The default moves with the directory, so only another place is remembered.
             if media_uri not in (str(path / MEDIA), self.store.value("media_uri")):
                 self.store.set_value("media_uri", media_uri)
-            self.vectors: VectorIndex = ScannIndex(
-                self.store, config=config, snapshot_every=snapshot_every
+            milvus = location.choose(self.store, index)
+            self.vectors: VectorIndex = (
+                ScannIndex(self.store, config=config, snapshot_every=snapshot_every)
+                if milvus is None
+                else MilvusIndex(self.store, milvus, snapshot_every=snapshot_every)
             )
             self.staging = Staging(self.store)
             profile = self.store.profile
@@ -83,6 +88,7 @@ class CorpusIndex:
         media_uri: str = "",
         config: IndexConfig | None = None,
         snapshot_every: int = 10_000,
+        index: str = "",
     ) -> CorpusIndex:
         """Open or create a corpus and bring its index up to date.
 
@@ -92,10 +98,20 @@ class CorpusIndex:
             `media/` in the directory.
           config: thresholds of the index.
           snapshot_every: writes between automatic snapshots.
+          index: where vectors are searched, see `location.parse`; "" = what the corpus remembers,
+            else ScaNN in this process.
 
-        Raises: as `CorpusStore.open`.
+        Raises: as `CorpusStore.open`, and
+          PreconditionError: the index is elsewhere (`INDEX_ELSEWHERE`), or needs an extra.
+          UnavailableError: Milvus does not answer.
         """
-        return cls(Path(path), media_uri=media_uri, config=config, snapshot_every=snapshot_every)
+        return cls(
+            Path(path),
+            media_uri=media_uri,
+            config=config,
+            snapshot_every=snapshot_every,
+            index=index,
+        )
 
     def upsert(self, entries: Sequence[IndexEntry]) -> int:
         """Store documents durably, all or nothing; returns the last entry's sequence number.
@@ -226,6 +242,10 @@ class CorpusIndex:
     def existing(self, ids: Sequence[str]) -> dict[str, StoredVersions]:
         """What the documents that exist were made of; lets an ingest skip finished work."""
         return self.store.versions(ids)
+
+    def reasonings_of(self, content_hashes: Sequence[str]) -> dict[tuple[str, str], Reasoning]:
+        """See `CorpusStore.reasonings_of`; lets an ingest reason once about a content."""
+        return self.store.reasonings_of(content_hashes)
 
     def stats(self) -> IndexStats:
         state = self.vectors.state()

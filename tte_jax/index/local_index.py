@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tte_jax.content import Document, Usage
+from tte_jax.content import Document, Reasoning, Usage
 from tte_jax.errors import DeadlineExceededError
 from tte_jax.filters import Filter
 from tte_jax.index.corpus_index import CorpusIndex
@@ -95,6 +95,14 @@ class LocalIndex:
     ) -> dict[str, StoredVersions]:
         """Content hash and model versions of the ids that exist."""
         return await self._run(self._readers, lambda: self.index.existing(ids), timeout_s)
+
+    async def reasonings_of(
+        self, content_hashes: Sequence[str], *, timeout_s: float | None = None
+    ) -> dict[tuple[str, str], Reasoning]:
+        """See `CorpusStore.reasonings_of`."""
+        return await self._run(
+            self._readers, lambda: self.index.reasonings_of(content_hashes), timeout_s
+        )
 
     async def fetch(
         self,
