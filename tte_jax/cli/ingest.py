@@ -59,7 +59,7 @@ def ingest(
             f"({others} other files, {len(unreadable)} folders that cannot be read).",
             reason="NOTHING_TO_INGEST",
         )
-    run = _Run(files, rules, id_prefix)
+    run = Run(files, rules, id_prefix)
     run.bad += unreadable
     choice = IngestOptions(reasoning_tokens=reasoning_tokens, instruction=instruction)
     with connect(address) as client:
@@ -84,7 +84,7 @@ def metadata_rules(given: list[str]) -> sources.MetadataRules:
     return sources.MetadataRules(shared, by_file)
 
 
-class _Run:
+class Run:
     """One ingest: what is sent, and what turned out bad.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Run:
         try:
             with bar("Ingesting", len(self.files) if plain else None, out) as advance:
                 for last in client.ingest(self.documents(), choice):
-                    self._note_failures(last)
+                    self.note_failures(last)
                     advance(last.stored + last.skipped + len(self.bad) + self.duplicates)
         except BaseException:
             kept = last.stored + last.skipped
@@ -131,7 +131,7 @@ class _Run:
             raise
         return last
 
-    def _note_failures(self, update: IngestUpdate) -> None:
+    def note_failures(self, update: IngestUpdate) -> None:
         for result in update.results:
             if result.state is ItemState.FAILED:
                 why = result.error.message if result.error else "unknown"
@@ -139,7 +139,7 @@ class _Run:
                 self.bad.append(sources.BadSource(source, why))
 
 
-def _report(run: _Run, last: IngestUpdate, out: Output) -> None:
+def _report(run: Run, last: IngestUpdate, out: Output) -> None:
     out.show(
         f"{last.stored} stored, {last.skipped} unchanged, {run.duplicates} duplicates left out, "
         f"{len(run.bad)} bad."
