@@ -72,15 +72,15 @@ class Mix:
       learnt: tokens of ECRs that are learnt, at most.
     """
 
-    text: int = 56
-    image: int = 8
-    composed: int = 40
-    corrupt: float = 0.25
+    text: int = 60
+    image: int = 60
+    composed: int = 24
+    corrupt: float = 0.1
     corrupt_text: float = 0.05
     own: float = 0.7
-    served: float = 0.25
-    rows: int = 66
-    learnt: int = 3200
+    served: float = 0.5
+    rows: int = 71
+    learnt: int = 4100
 
 
 LOOKALIKES = 8

@@ -129,7 +129,7 @@ def lookup(table: Array, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     return table.at[rows].get(mode="fill", out_sharding=sharding)
 
 
-def columns(w: Weight, which: Int[Array, " C"]) -> Float[Array, "D C"]:
+def columns(w: Array | Int8Weight, which: Int[Array, " C"]) -> Float[Array, "D C"]:
     """A few columns of a matrix in float32, on every device of a mesh."""
     if isinstance(w, Int8Weight):
         return _columns(w.q, which) * _columns(w.scale, which)

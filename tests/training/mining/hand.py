@@ -101,7 +101,10 @@ class HandReranker:
         self.queries: list[str] = []
         self.host_pool = self.query_pool = ThreadPoolExecutor(1)
         self.served = SimpleNamespace(
-            name="hand", config=SimpleNamespace(model_type="words"), dtype="float32"
+            name="hand",
+            config=SimpleNamespace(model_type="words"),
+            dtype="float32",
+            quantise=None,
         )
         self.queue = _Queue()
 
