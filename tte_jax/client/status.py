@@ -120,7 +120,8 @@ def _without_details(code: str, text: str, peer: str) -> TteError:
         return UnavailableError(f"{peer} cannot be reached; is it running?", reason="UNREACHABLE")
     if code == "DEADLINE_EXCEEDED":
         return DeadlineExceededError(f"{peer} did not answer in time; allow more time")
-    if code == "CANCELLED":
+    # grpc.aio's words where a read or write of its own failed: the connection went away under it.
+    if code == "CANCELLED" or (code == "INTERNAL" and text == "Internal error from Core"):
         return UnavailableError(f"{peer} broke the call off; try again", reason="CANCELLED")
     if code == "RESOURCE_EXHAUSTED" and "message larger than max" in text:
         return InvalidInputError(
