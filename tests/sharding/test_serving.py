@@ -13,7 +13,7 @@ from tests.sharding import runs, serving
 from tests.tiny_models import text_dir, vl_dir
 
 PATIENCE_S = 840.0  # the child compiles what three roles need for two meshes
-pytestmark = pytest.mark.timeout(PATIENCE_S + 60)
+pytestmark = [pytest.mark.timeout(PATIENCE_S + 60), pytest.mark.many_devices]
 
 MESHES = [
     {"data": 2, "fsdp": 2, "tp": 2},

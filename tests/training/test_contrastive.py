@@ -194,6 +194,7 @@ def on_a_mesh(folder: str) -> None:
         contrastive.main(replace(meshless(Path(folder), out), mesh=mesh))
 
 
+@pytest.mark.many_devices
 def test_eight_devices_train_what_one_trains(alone: Path, folder: Path) -> None:
     child.run(__name__, "on_a_mesh", str(folder), devices=8)
     assert_close(folder / "meshed", alone)
@@ -206,6 +207,7 @@ def one_of_two(folder: str, process: str, port: str) -> None:
     contrastive.main(replace(meshless(Path(folder), "job"), mesh="data=2,fsdp=2"))
 
 
+@pytest.mark.many_devices
 def test_two_processes_train_what_one_trains(alone: Path, folder: Path) -> None:
     """Negatives are global: with its own share alone, a process would have another loss."""
     port = str(free_port())

@@ -303,6 +303,7 @@ def eight_devices(out: str) -> None:
     np.savez(out, **found)
 
 
+@pytest.mark.many_devices
 def test_eight_devices_say_what_one_says(tmp_path: Path) -> None:
     out = tmp_path / "found.npz"
     child.run("tests.training.test_contrastive_loss", "eight_devices", str(out), devices=8)
