@@ -28,7 +28,7 @@ class Repeater(reasoner_pb2_grpc.ReasonerServiceServicer):
         self.asked: list[str] = []
 
     async def Reason(self, request, context):
-        items, _ = convert.reason_arguments(request)
+        items, *_ = convert.reason_arguments(request)
         if self.stop_after == 0:
             raise RuntimeError("the machine went down")
         self.stop_after -= 1
