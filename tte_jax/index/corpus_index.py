@@ -30,6 +30,9 @@ from tte_jax.stages import Hit, IndexEntry, Promoted, StoredVersions
 
 log = logging.getLogger(__name__)
 
+# Searches that deletions overtook before one lets the writers wait.
+_LOOKS = 3
+
 
 class CorpusIndex:
     """Documents, vectors and search. Every method may be called from any thread.
@@ -365,26 +368,30 @@ class CorpusIndex:
         if k < 1:
             raise InvalidInputError(f"k must be at least 1, got {k}", field="k")
 
-        def look() -> list[list[Found]]:
-            return self.vectors.search(queries, k, filter, embedder_version=embedder_version)
+        def look() -> tuple[list[list[Found]], dict[str, Reasoning]]:
+            found = self.vectors.search(queries, k, filter, embedder_version=embedder_version)
+            wanted = list({f.id for some in found for f in some})
+            return found, {} if ids_only else self.store.reasonings(wanted)
 
-        found = look()
+        found, reasonings = look()
         if self.vectors.work_due:
             self.maintenance.poke()
         if ids_only:
             return [[Hit(f.id, f.cosine) for f in some] for some in found]
-        wanted = list({f.id for some in found for f in some})
-        reasonings = self.store.reasonings(wanted)
-        if len(reasonings) < len(wanted):
-            # Deleted between the two reads: look again, so that others can fill the places.
-            found = look()
-            reasonings = self.store.reasonings(list({f.id for some in found for f in some}))
+
+        def complete() -> bool:
+            return all(f.id in reasonings for some in found for f in some)
+
+        # What is deleted between the two reads leaves a place that another document should have.
+        for _ in range(_LOOKS - 1):
+            if complete():
+                break
+            found, reasonings = look()
+        if not complete():
+            with self._write_lock:
+                found, reasonings = look()
         return [
-            [
-                Hit(f.id, f.cosine, reasonings[f.id], dict(f.metadata))
-                for f in some
-                if f.id in reasonings
-            ]
+            [Hit(f.id, f.cosine, reasonings[f.id], dict(f.metadata)) for f in some]
             for some in found
         ]
 
