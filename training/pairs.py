@@ -20,6 +20,7 @@ from training import builtin, images, sampling, texts
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
 from training.packing import Example, Leaf, Packed, Packer, Placed
+from training.words import concept_words
 from tte_jax.content import Content, Media, Side
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.positions import mrope_positions
@@ -45,7 +46,8 @@ class Batch:
     Attributes:
       pictures: [M, 112, 112, 3] uint8: documents, then image queries, then composed queries.
       picture_concepts: [M] int32.
-      packed: the sequences of the documents, then of the text, image and composed queries.
+      packed: the sequences of the documents, then of the text, image and composed queries, then
+        those of coined texts, which are in no list below.
       concepts: [B] int32 concept of each document.
       answers: [Q] int32 document of each query.
       proxies: [B + Q] int32, which training concept each document, then each query, is about.
@@ -66,6 +68,9 @@ class Mix:
     Attributes:
       text, image, composed: queries of each kind; image ≤ text.
       corrupt, corrupt_text: how often an ECR is a wrong one, beside pictures and beside texts.
+      coined: texts that name no concept; their ECR, the text's own words, is learnt, and they answer
+        nothing.
+      echoed: how often the ECR of a text query is its own words.
       own: how often it is what the model itself had said (`training.own`), where that is given.
       served: how often a document is the OpenMoji original, which is what is served.
       rows: rows of LENGTH tokens that all sequences must fit into.
@@ -77,10 +82,12 @@ class Mix:
     composed: int = 24
     corrupt: float = 0.1
     corrupt_text: float = 0.05
+    coined: int = 16
+    echoed: float = 0.1
     own: float = 0.7
     served: float = 0.5
-    rows: int = 71
-    learnt: int = 4100
+    rows: int = 76
+    learnt: int = 4400
 
 
 LOOKALIKES = 8
@@ -137,6 +144,7 @@ class PairSource:
         self._families = self._variants()
         self._subgroups = self._siblings()
         self._served = self._served_rows()
+        self._vocabulary = sorted({w for c in self._concepts() for w in concept_words(c)})
         self._said = _Said(self._table, own) if own is not None else None
 
     def batches(self, start: int, mix: Mix) -> Iterator[Batch]:
@@ -236,7 +244,10 @@ class PairSource:
         ]
         documents, queries = looked[: len(answers)], looked[len(answers) :]
         packed = self._packer.pack(
-            documents + typed + queries + asked, rows=mix.rows, length=LENGTH, targets=mix.learnt
+            documents + typed + queries + asked + self._coined(mix.coined, rng),
+            rows=mix.rows,
+            length=LENGTH,
+            targets=mix.learnt,
         )
         if packed is None:
             return None
@@ -275,8 +286,15 @@ class PairSource:
             said = self._said.texts[index]
             own = said[rng.integers(len(said))]
             return self.place(own.text, False), index, own.ecr
-        prompt = self.text_prompt(self._concept(index), rng)[0]
+        concept = self._concept(index)
+        prompt = self.text_prompt(concept, rng)[0]
+        if rng.random() < mix.echoed:
+            return prompt, index, texts.echo(texts.label(concept))
         return prompt, index, self._maybe_wrong(index, mix.corrupt_text, rng)
+
+    def _coined(self, count: int, rng: np.random.Generator) -> list[Example]:
+        made = [texts.coined_query(self._vocabulary, rng) for _ in range(count)]
+        return [Example(self.place(said, False), ecr, ecr, None) for said, ecr in made]
 
     def _concept(self, index: int) -> Concept:
         return self._data.concepts[self._table.concepts[index]]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from training.data.concepts import Concept
+from training.words import words
 
 MAX_CUES = 3
 
@@ -19,6 +20,8 @@ _CHANGES = (
     "{x}", "the same, but {as_x}", "the same, but {as_x}", "the same {as_x}", "make it {x}",
     "but {as_x}", "change to {x}", "same picture {as_x}",
 )  # fmt: skip
+
+_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 
 def label(concept: Concept) -> str:
@@ -99,6 +102,33 @@ def change_query(source: Concept, target: Concept, rng: np.random.Generator) -> 
     else:
         what, as_what = who, f"as {who}"
     return str(rng.choice(_CHANGES)).format(x=what, as_x=as_what)
+
+
+def echo(said: str, *, cues: Sequence[str] = (), more: str = "") -> str:
+    """The ECR of a text that names nothing known: its own words, and nothing made up."""
+    think = ", ".join([*dict.fromkeys(words(said)), *cues])
+    return f"<think>{think}</think>\nAnswer: {said}{more}"
+
+
+def coined_query(vocabulary: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
+    """(query, ECR) of something that no concept is called: words of several names, some of them
+    spliced. A model that only ever reads known names answers an unknown one with a known one."""
+
+    def word(*, spliced: bool) -> str:
+        one, other = (str(w) for w in rng.choice(vocabulary, 2))
+        if not spliced:
+            return one
+        return one[: int(rng.integers(1, len(one) + 1))] + other[int(rng.integers(len(other))) :]
+
+    # A single word as it is may well be the name of something.
+    count = int(rng.integers(1, 5))
+    said = " ".join(word(spliced=count == 1 or rng.random() < 0.4) for _ in range(count))
+    ecr = echo(said)
+    if rng.random() < 0.25:
+        tone = str(rng.choice(_TONES))
+        ecr = echo(said, cues=[f"{tone} skin"], more=f", {tone} skin tone")
+        said = f"{said}, {tone} skin tone"
+    return str(rng.choice(_TEMPLATES)).format(x=said), ecr
 
 
 def changed(source: Concept, target: Concept) -> bool:

@@ -293,6 +293,8 @@ def main(config: Config) -> None:
         vis = restyled(jax.random.fold_in(key, 1), vis, residuals, config.style_noise)
         count = len(batch.concepts)
         with_ecr, without, lm = run(model, batch.packed, vis)
+        told = len(batch.proxies)
+        with_ecr, without = with_ecr[:told], without[:told]
         d_with, qw = with_ecr[:count], with_ecr[count:]
         d_none, qn = without[:count], without[count:]
         scale = jnp.exp(jnp.minimum(trained.log_scale[...], np.log(100.0)))

@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from tests.training.drawings import emoji_data
-from training import builtin, export
+from training import builtin, export, texts
 from training.packing import ECR, PROMPT, Example, Packed, Packer
 from training.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
 from training.sampling import image_table
@@ -85,6 +85,24 @@ def test_wrong_reasonings_are_shown_but_not_learnt(
         end = tokenizer.token_id("<|im_end|>")
         assert not told or (tokenizer.decode(told) == truth and told[-1] == end)
     assert len(set(learnt.values())) == 2
+
+
+def test_coined_texts_are_learnt_and_answer_nothing(
+    source: PairSource, batch: Batch, tokenizer: Tokenizer
+) -> None:
+    told, packed = len(batch.proxies), batch.packed
+    assert told == len(batch.concepts) + len(batch.answers)
+    assert len(packed.end) == told + MIX.coined
+    of = packed.sequence.reshape(-1)[packed.asked[packed.weights > 0]]
+    targets = packed.targets[packed.weights > 0]
+    known = {texts.label(c) for c in emoji_data().concepts}
+    for i in range(told, len(packed.end)):
+        ecr = said(tokenizer, packed, i)
+        answer = ecr.rsplit("Answer: ", 1)[1]
+        assert answer not in known
+        assert answer in said(tokenizer, packed, i, part=PROMPT)
+        assert tokenizer.decode(targets[of == i].tolist()) == ecr
+    assert np.isin(np.arange(told, len(packed.end)), of).all()
 
 
 def said(tokenizer: Tokenizer, packed: Packed, sequence: int, part: int = ECR) -> str:
@@ -179,10 +197,11 @@ def test_both_endings_equal_what_the_embedder_serves(
     )
     vis = see(model, jnp.asarray(pictures, jnp.float32) / 255.0)
     packed, first = batch.packed, 10
-    composed = range(len(packed.end) - 4, len(packed.end))
+    told = len(batch.proxies)
+    composed = range(told - 4, told)
     assert packed.vis_idx.max() == (first + 4) * FEATURES - 1
     with_ecr, without, _ = (np.asarray(x) for x in run(model, packed, vis))
-    with_ecr, without = with_ecr[-4:], without[-4:]
+    with_ecr, without = with_ecr[told - 4 : told], without[told - 4 : told]
 
     def png(picture: np.ndarray) -> bytes:
         out = io.BytesIO()
