@@ -68,7 +68,7 @@ class Mix:
     Attributes:
       text, image, composed: queries of each kind; image ≤ text.
       corrupt, corrupt_text: how often an ECR is a wrong one, beside pictures and beside texts.
-      coined: texts that name no concept; their ECR, the text's own words, is learnt, and they answer
+      coined: texts that name no concept. Their ECR, the text's own words, is learnt; they answer
         nothing.
       echoed: how often the ECR of a text query is its own words.
       own: how often it is what the model itself had said (`training.own`), where that is given.
