@@ -46,7 +46,8 @@ from tte_jax.stages import EmbedderStage
 log = logging.getLogger(__name__)
 
 TRAINER = (
-    "{python} -m training.contrastive --config builtin --data {data} --model {model} --out {out}"
+    "{python} -m training.contrastive --config builtin --data {data} --model {model} --out {out} "
+    "--counts.negatives {count}"
 )
 IN_PROCESS = "in-process"
 
@@ -66,9 +67,10 @@ class Config:
       reranker: address of a RerankerService; "" = one is started with `reranker_model`.
       reranker_model: a model directory or a built-in name.
       rules: which negatives, see `mining.records.Rules`.
-      trainer: command that trains a retriever. {data}, {model}, {out}, {round}, {negatives} and
-        {python} are replaced: the data with the round's negatives, the retriever to start from,
-        the folder to write, the round's number and its sealed folder. It is run again after a
+      trainer: command that trains a retriever. {data}, {model}, {out}, {round}, {negatives},
+        {count} and {python} are replaced: the data with the round's negatives, the retriever to
+        start from, the folder to write, the round's number, its sealed folder, and how many
+        negatives a query has at most. It is run again after a
         kill, and goes on from what it left in {out}; when it ends with 0, the retriever is there.
       export: where below {out} the trainer leaves the model directory; "" = {out} itself.
       start: what a round's training begins with: "previous", the retriever that mined the round,
@@ -335,6 +337,7 @@ def command_trainer(config: Config) -> Train:
             "data": with_option(config.data, "mined", str(asked.negatives.absolute())),
             "round": asked.round,
             "negatives": asked.negatives,
+            "count": 0 if config.rules.arm == NONE else config.rules.negatives,
             "model": models.resolve(str(asked.model)),
             "out": asked.out,
         }
