@@ -18,7 +18,7 @@ mteb = pytest.importorskip("mteb", reason="the extra `mteb` is not installed")
 
 from datasets import Dataset  # noqa: E402  # comes with mteb
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.abstasks.task_metadata import PromptDict, TaskMetadata  # noqa: E402
 
 from tte_jax.evaluation.mteb_model import MtebModel, contents  # noqa: E402
 
@@ -36,7 +36,7 @@ class Emoji(AbsTaskRetrieval):
         eval_langs=["eng-Latn"],
         eval_splits=["test"],
         main_score="hit_rate_at_1",
-        prompt={"query": "Find the picture."},
+        prompt=PromptDict(query="Find the picture."),
     )
 
     def load_data(self, num_proc=None, **kwargs):
@@ -91,6 +91,7 @@ def test_a_task_scores_as_the_roles_do(model: MtebModel, reasons: bool, tmp_path
                 ReasonItem(c, side, "Find the picture." if side is Side.QUERY else "")
                 for c in items
             ]
+            assert model.reasoner is not None
             ecrs = [r.text for r in model.reasoner.reason(asked, 32)]
             assert all(ecrs)
         return model.embedder.embed(
@@ -104,7 +105,7 @@ def test_a_task_scores_as_the_roles_do(model: MtebModel, reasons: bool, tmp_path
     assert scores["main_score"] == pytest.approx(hits.mean(), abs=1e-4)
     assert 0.3 < hits.mean()  # chance is a tenth
     meta = used.mteb_model_meta
-    assert meta.name == f"tte-jax/{models.EMBEDDER}"
+    assert meta is not None and meta.name == f"tte-jax/{models.EMBEDDER}"
     assert (meta.experiment_kwargs is not None) == reasons
 
 
