@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ mteb = pytest.importorskip("mteb", reason="the extra `mteb` is not installed")
 
 from datasets import Dataset  # noqa: E402  # comes with mteb
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
-from mteb.abstasks.task_metadata import PromptDict, TaskMetadata  # noqa: E402
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 
 from tte_jax.evaluation.mteb_model import MtebModel, contents  # noqa: E402
 
@@ -36,7 +37,7 @@ class Emoji(AbsTaskRetrieval):
         eval_langs=["eng-Latn"],
         eval_splits=["test"],
         main_score="hit_rate_at_1",
-        prompt=PromptDict(query="Find the picture."),
+        prompt=cast("Any", {"query": "Find the picture."}),
     )
 
     def load_data(self, num_proc=None, **kwargs):
