@@ -15,10 +15,18 @@ import numpy as np
 from tte.v1 import embedder_pb2, index_pb2, reasoner_pb2, reranker_pb2
 from tte_jax import codec, limits
 from tte_jax.content import Budget, Content, Document, Reasoning, Usage
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, Sampling, StagedVector
+from tte_jax.stages import (
+    EmbedItem,
+    Hit,
+    IndexEntry,
+    Order,
+    ReasonItem,
+    Sampling,
+    StagedVector,
+)
 
 T = TypeVar("T")
 
@@ -96,6 +104,27 @@ def rerank_response(scores: np.ndarray, usage: Usage) -> reranker_pb2.RerankResp
     """`scores` is [N] in the order of the request."""
     return reranker_pb2.RerankResponse(
         scores=[float(score) for score in scores], usage=codec.encode_usage(usage)
+    )
+
+
+def listwise_texts(
+    query: str | Content, candidates: list[str] | list[Content]
+) -> tuple[str, list[str]]:
+    """The same as texts, which is all that a listwise model reads."""
+    texts = [one for one in candidates if isinstance(one, str)]
+    if not isinstance(query, str) or len(texts) < len(candidates):
+        raise UnsupportedError(
+            "the listwise method orders texts; send `query` and `candidates`, such as the "
+            "contents' reasonings",
+            reason="NO_VISION",
+        )
+    return query, texts
+
+
+def order_response(order: Order, usage: Usage) -> reranker_pb2.RerankResponse:
+    return reranker_pb2.RerankResponse(
+        order=reranker_pb2.ListwiseOrder(indices=order.indices, ranked=order.ranked),
+        usage=codec.encode_usage(usage),
     )
 
 

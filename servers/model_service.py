@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -55,14 +55,22 @@ def model_service(
     name: str,
     register: Callable[[grpc.aio.Server], None],
     metrics: Mapping[str, Callable[[], float]] | None = None,
+    *,
+    beside: Sequence[Role] = (),
 ) -> Service:
-    """The service of a role: warm-up and closing on threads, counters as metrics."""
+    """The service of a role: warm-up and closing on threads, counters as metrics.
+
+    Args:
+      beside: roles of the same service, warmed before it, so that its count of compilations is the
+        process's, and closed after it.
+    """
 
     async def warm() -> None:
         def progress(done: int, total: int, program: str) -> None:
             log.info("%s: compiled %d of %d: %s", role.served.name, done, total, program)
 
-        await asyncio.to_thread(role.warmup, progress)
+        for one in (*beside, role):
+            await asyncio.to_thread(one.warmup, progress)
         log.info(
             "%s is warm: %d programs in %.1f s, %d of %d compilations from the cache",
             role.version,
@@ -73,7 +81,8 @@ def model_service(
         )
 
     async def close() -> None:
-        await asyncio.to_thread(role.close)
+        for one in (role, *beside):
+            await asyncio.to_thread(one.close)
 
     stats = role.queue.stats
     gauges: dict[str, Callable[[], float]] = {

@@ -15,8 +15,9 @@ from servers.settings import Settings
 from tte.v1 import reranker_pb2, reranker_pb2_grpc
 from tte_jax.builtin import models
 from tte_jax.content import Usage
-from tte_jax.errors import InvalidInputError
-from tte_jax.local import LocalReranker
+from tte_jax.errors import InvalidInputError, UnsupportedError
+from tte_jax.listwise import ListwiseReranker
+from tte_jax.local import LocalListwise, LocalReranker
 from tte_jax.mining import percent_of_positive
 from tte_jax.reranker import Reranker
 
@@ -26,13 +27,26 @@ NAME = "tte.v1.RerankerService"
 class RerankerServicer(reranker_pb2_grpc.RerankerServiceServicer):
     """The RPCs of `protos/tte/v1/reranker.proto` over a `Reranker`."""
 
-    def __init__(self, reranker: Reranker) -> None:
+    def __init__(self, reranker: Reranker, listwise: ListwiseReranker | None = None) -> None:
         self._stage = LocalReranker(reranker)
+        self._listwise = None if listwise is None else LocalListwise(listwise)
 
     async def Rerank(
         self, request: reranker_pb2.RerankRequest, context: grpc.aio.ServicerContext
     ) -> reranker_pb2.RerankResponse:
         query, candidates, instruction = convert.rerank_arguments(request)
+        if request.method == reranker_pb2.RERANK_METHOD_LISTWISE:
+            if self._listwise is None:
+                raise UnsupportedError(
+                    "this reranker scores candidates one by one; start the service with "
+                    "--listwise N to have lists ordered",
+                    reason="NO_LISTWISE",
+                )
+            query, texts = convert.listwise_texts(query, candidates)
+            order, usage = await self._listwise.order(
+                query, texts, instruction=instruction, timeout_s=time_left(context)
+            )
+            return convert.order_response(order, usage)
         try:
             scores, usage = await self._stage.rerank(
                 query, candidates, instruction=instruction, timeout_s=time_left(context)
@@ -87,7 +101,10 @@ class RerankerServicer(reranker_pb2_grpc.RerankerServiceServicer):
     async def Info(
         self, request: reranker_pb2.RerankerServiceInfoRequest, context: grpc.aio.ServicerContext
     ) -> reranker_pb2.RerankerServiceInfoResponse:
-        return reranker_pb2.RerankerServiceInfoResponse(model=model_info(self._stage.role))
+        most = 0 if self._listwise is None else self._listwise.role.most
+        return reranker_pb2.RerankerServiceInfoResponse(
+            model=model_info(self._stage.role), max_listwise_candidates=most
+        )
 
 
 async def create(settings: Settings) -> Service:
@@ -97,10 +114,12 @@ async def create(settings: Settings) -> Service:
       NotFoundError, PreconditionError: no such model, or not one for this role.
     """
     role = await open_role(Reranker, settings, settings.reranker_model, models.RERANKER)
-    servicer = RerankerServicer(role)
+    listwise = ListwiseReranker(role.served, most=settings.listwise) if settings.listwise else None
+    servicer = RerankerServicer(role, listwise)
     return model_service(
         role,
         NAME,
         lambda server: reranker_pb2_grpc.add_RerankerServiceServicer_to_server(servicer, server),
         {"prefix_cache_hits": lambda: role.prefix_cache.hits},
+        beside=[] if listwise is None else [listwise],
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tte_jax.errors import InvalidInputError
+from tte_jax.limits import MAX_RERANK_CANDIDATES
 
 SERVICES = ("reasoner", "embedder", "reranker", "index", "gateway")
 DEFAULT_PORTS = {
@@ -53,6 +54,9 @@ class Settings:
     reranker_model: str = _setting("", "model directory")
     dtype: str = _setting("float32", "precision of the models: float32 or bfloat16")
     quantise: str = _setting("", "int8 = matrices of linear layers as int8; empty = as dtype says")
+    listwise: int = _setting(
+        0, "reranker: most candidates of one generated order; 0 = pointwise only"
+    )
     mesh: str = _setting("", "devices of a model service, as in fsdp=2,tp=2; empty = one device")
 
     reasoner_address: str = _setting("", "where the gateway finds it; empty = the usual port")
@@ -77,6 +81,11 @@ class Settings:
         if self.max_in_flight < 1:
             raise InvalidInputError(
                 f"max_in_flight is {self.max_in_flight}: expected at least 1", field="max_in_flight"
+            )
+        if not 0 <= self.listwise <= MAX_RERANK_CANDIDATES:
+            raise InvalidInputError(
+                f"listwise is {self.listwise}: expected 0 (off) to {MAX_RERANK_CANDIDATES}",
+                field="listwise",
             )
         if self.drain_delay_s < 0 or self.grace_s < 0:
             raise InvalidInputError(

@@ -20,9 +20,10 @@ from tte_jax.content import Content, Reasoning, Usage
 from tte_jax.embedder import Embedder
 from tte_jax.engine.role import Role
 from tte_jax.errors import DeadlineExceededError
+from tte_jax.listwise import ListwiseReranker
 from tte_jax.reasoner import Delta, Finished, Reasoner, total
 from tte_jax.reranker import Reranker
-from tte_jax.stages import GREEDY, EmbedItem, ReasonItem, Sampling
+from tte_jax.stages import GREEDY, EmbedItem, Order, ReasonItem, Sampling
 
 T = TypeVar("T")
 
@@ -176,6 +177,32 @@ class LocalReranker:
             )
             scored = await _gather(self.role.submit(jobs, deadline=deadline, background=background))
         return self.role.collect(scored)
+
+
+class LocalListwise:
+    """Orders of a `ListwiseReranker`, without blocking the event loop."""
+
+    def __init__(self, listwise: ListwiseReranker) -> None:
+        self.role = listwise
+
+    async def order(
+        self,
+        query: str,
+        candidates: Sequence[str],
+        *,
+        instruction: str = "",
+        timeout_s: float | None = None,
+    ) -> tuple[Order, Usage]:
+        """Raises: as `ListwiseReranker.prepare` and `submit`, and DeadlineExceededError."""
+        async with _within(timeout_s) as deadline:
+            await _warm(self.role)
+            (job,) = await _on_host(
+                self.role,
+                [partial(self.role.prepare, query, candidates, instruction)],
+                background=False,
+            )
+            (made,) = await _gather([self.role.submit(job, deadline=deadline)])
+        return self.role.collect(job, made)
 
 
 @asynccontextmanager

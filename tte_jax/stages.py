@@ -128,6 +128,19 @@ class IndexEntry:
 
 
 @dataclass(frozen=True)
+class Order:
+    """What a listwise reranker answers: the candidates, best first.
+
+    Attributes:
+      indices: every position of the request's candidates once.
+      ranked: how many of them, from the first, the model ordered; the others follow as they came.
+    """
+
+    indices: tuple[int, ...]
+    ranked: int
+
+
+@dataclass(frozen=True)
 class Hit:
     """One first-stage result."""
 

@@ -27,31 +27,35 @@ from tte.v1 import model_pb2 as tte_dot_v1_dot_model__pb2
 from tte.v1 import usage_pb2 as tte_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tte/v1/reranker.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x12tte/v1/model.proto\x1a\x12tte/v1/usage.proto\"\x9c\x01\n\rRerankRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\ncandidates\x18\x02 \x03(\t\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12&\n\rquery_content\x18\x04 \x01(\x0b\x32\x0f.tte.v1.Content\x12+\n\x12\x63\x61ndidate_contents\x18\x05 \x03(\x0b\x32\x0f.tte.v1.Content\">\n\x0eRerankResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"m\n\x0bMiningRules\x12 \n\x13percent_of_positive\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tnegatives\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x16\n\x14_percent_of_positiveB\x0c\n\n_negatives\"&\n\nMiningText\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xbe\x01\n\x14MineNegativesRequest\x12\x10\n\x08query_id\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12$\n\x08positive\x18\x04 \x01(\x0b\x32\x12.tte.v1.MiningText\x12&\n\ncandidates\x18\x05 \x03(\x0b\x32\x12.tte.v1.MiningText\x12\"\n\x05rules\x18\x06 \x01(\x0b\x32\x13.tte.v1.MiningRules\"C\n\rMinedNegative\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\r\"\xb2\x01\n\x0eMinedNegatives\x12\x10\n\x08query_id\x18\x01 \x01(\t\x12\x16\n\x0epositive_score\x18\x02 \x01(\x02\x12(\n\tnegatives\x18\x03 \x03(\x0b\x32\x15.tte.v1.MinedNegative\x12.\n\x0f\x66\x61lse_negatives\x18\x04 \x03(\x0b\x32\x15.tte.v1.MinedNegative\x12\x1c\n\x05usage\x18\x05 \x01(\x0b\x32\r.tte.v1.Usage\"\x1c\n\x1aRerankerServiceInfoRequest\"?\n\x1bRerankerServiceInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tte.v1.ModelInfo2\xe6\x01\n\x0fRerankerService\x12\x37\n\x06Rerank\x12\x15.tte.v1.RerankRequest\x1a\x16.tte.v1.RerankResponse\x12I\n\rMineNegatives\x12\x1c.tte.v1.MineNegativesRequest\x1a\x16.tte.v1.MinedNegatives(\x01\x30\x01\x12O\n\x04Info\x12\".tte.v1.RerankerServiceInfoRequest\x1a#.tte.v1.RerankerServiceInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tte/v1/reranker.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x12tte/v1/model.proto\x1a\x12tte/v1/usage.proto\"\xc2\x01\n\rRerankRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\ncandidates\x18\x02 \x03(\t\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12&\n\rquery_content\x18\x04 \x01(\x0b\x32\x0f.tte.v1.Content\x12+\n\x12\x63\x61ndidate_contents\x18\x05 \x03(\x0b\x32\x0f.tte.v1.Content\x12$\n\x06method\x18\x06 \x01(\x0e\x32\x14.tte.v1.RerankMethod\"0\n\rListwiseOrder\x12\x0f\n\x07indices\x18\x01 \x03(\r\x12\x0e\n\x06ranked\x18\x02 \x01(\r\"d\n\x0eRerankResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\x12$\n\x05order\x18\x03 \x01(\x0b\x32\x15.tte.v1.ListwiseOrder\"m\n\x0bMiningRules\x12 \n\x13percent_of_positive\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tnegatives\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x16\n\x14_percent_of_positiveB\x0c\n\n_negatives\"&\n\nMiningText\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xbe\x01\n\x14MineNegativesRequest\x12\x10\n\x08query_id\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12$\n\x08positive\x18\x04 \x01(\x0b\x32\x12.tte.v1.MiningText\x12&\n\ncandidates\x18\x05 \x03(\x0b\x32\x12.tte.v1.MiningText\x12\"\n\x05rules\x18\x06 \x01(\x0b\x32\x13.tte.v1.MiningRules\"C\n\rMinedNegative\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\r\"\xb2\x01\n\x0eMinedNegatives\x12\x10\n\x08query_id\x18\x01 \x01(\t\x12\x16\n\x0epositive_score\x18\x02 \x01(\x02\x12(\n\tnegatives\x18\x03 \x03(\x0b\x32\x15.tte.v1.MinedNegative\x12.\n\x0f\x66\x61lse_negatives\x18\x04 \x03(\x0b\x32\x15.tte.v1.MinedNegative\x12\x1c\n\x05usage\x18\x05 \x01(\x0b\x32\r.tte.v1.Usage\"\x1c\n\x1aRerankerServiceInfoRequest\"`\n\x1bRerankerServiceInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tte.v1.ModelInfo\x12\x1f\n\x17max_listwise_candidates\x18\x02 \x01(\r*f\n\x0cRerankMethod\x12\x1d\n\x19RERANK_METHOD_UNSPECIFIED\x10\x00\x12\x1b\n\x17RERANK_METHOD_POINTWISE\x10\x01\x12\x1a\n\x16RERANK_METHOD_LISTWISE\x10\x02\x32\xe6\x01\n\x0fRerankerService\x12\x37\n\x06Rerank\x12\x15.tte.v1.RerankRequest\x1a\x16.tte.v1.RerankResponse\x12I\n\rMineNegatives\x12\x1c.tte.v1.MineNegativesRequest\x1a\x16.tte.v1.MinedNegatives(\x01\x30\x01\x12O\n\x04Info\x12\".tte.v1.RerankerServiceInfoRequest\x1a#.tte.v1.RerankerServiceInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tte.v1.reranker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RERANKMETHOD']._serialized_start=1166
+  _globals['_RERANKMETHOD']._serialized_end=1268
   _globals['_RERANKREQUEST']._serialized_start=96
-  _globals['_RERANKREQUEST']._serialized_end=252
-  _globals['_RERANKRESPONSE']._serialized_start=254
-  _globals['_RERANKRESPONSE']._serialized_end=316
-  _globals['_MININGRULES']._serialized_start=318
-  _globals['_MININGRULES']._serialized_end=427
-  _globals['_MININGTEXT']._serialized_start=429
-  _globals['_MININGTEXT']._serialized_end=467
-  _globals['_MINENEGATIVESREQUEST']._serialized_start=470
-  _globals['_MINENEGATIVESREQUEST']._serialized_end=660
-  _globals['_MINEDNEGATIVE']._serialized_start=662
-  _globals['_MINEDNEGATIVE']._serialized_end=729
-  _globals['_MINEDNEGATIVES']._serialized_start=732
-  _globals['_MINEDNEGATIVES']._serialized_end=910
-  _globals['_RERANKERSERVICEINFOREQUEST']._serialized_start=912
-  _globals['_RERANKERSERVICEINFOREQUEST']._serialized_end=940
-  _globals['_RERANKERSERVICEINFORESPONSE']._serialized_start=942
-  _globals['_RERANKERSERVICEINFORESPONSE']._serialized_end=1005
-  _globals['_RERANKERSERVICE']._serialized_start=1008
-  _globals['_RERANKERSERVICE']._serialized_end=1238
+  _globals['_RERANKREQUEST']._serialized_end=290
+  _globals['_LISTWISEORDER']._serialized_start=292
+  _globals['_LISTWISEORDER']._serialized_end=340
+  _globals['_RERANKRESPONSE']._serialized_start=342
+  _globals['_RERANKRESPONSE']._serialized_end=442
+  _globals['_MININGRULES']._serialized_start=444
+  _globals['_MININGRULES']._serialized_end=553
+  _globals['_MININGTEXT']._serialized_start=555
+  _globals['_MININGTEXT']._serialized_end=593
+  _globals['_MINENEGATIVESREQUEST']._serialized_start=596
+  _globals['_MINENEGATIVESREQUEST']._serialized_end=786
+  _globals['_MINEDNEGATIVE']._serialized_start=788
+  _globals['_MINEDNEGATIVE']._serialized_end=855
+  _globals['_MINEDNEGATIVES']._serialized_start=858
+  _globals['_MINEDNEGATIVES']._serialized_end=1036
+  _globals['_RERANKERSERVICEINFOREQUEST']._serialized_start=1038
+  _globals['_RERANKERSERVICEINFOREQUEST']._serialized_end=1066
+  _globals['_RERANKERSERVICEINFORESPONSE']._serialized_start=1068
+  _globals['_RERANKERSERVICEINFORESPONSE']._serialized_end=1164
+  _globals['_RERANKERSERVICE']._serialized_start=1271
+  _globals['_RERANKERSERVICE']._serialized_end=1501
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tte.v1 import content_pb2 as _content_pb2
 from tte.v1 import model_pb2 as _model_pb2
 from tte.v1 import usage_pb2 as _usage_pb2
@@ -21,6 +22,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _RerankMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RerankMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RerankMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RERANK_METHOD_UNSPECIFIED: _RerankMethod.ValueType  # 0
+    """Pointwise."""
+    RERANK_METHOD_POINTWISE: _RerankMethod.ValueType  # 1
+    """Each candidate by itself: the probability that it answers the query."""
+    RERANK_METHOD_LISTWISE: _RerankMethod.ValueType  # 2
+    """All candidates beside each other: the model writes their order. Texts only, and at most
+    `RerankerServiceInfoResponse.max_listwise_candidates` of them.
+    """
+
+class RerankMethod(_RerankMethod, metaclass=_RerankMethodEnumTypeWrapper):
+    """How candidates are judged."""
+
+RERANK_METHOD_UNSPECIFIED: RerankMethod.ValueType  # 0
+"""Pointwise."""
+RERANK_METHOD_POINTWISE: RerankMethod.ValueType  # 1
+"""Each candidate by itself: the probability that it answers the query."""
+RERANK_METHOD_LISTWISE: RerankMethod.ValueType  # 2
+"""All candidates beside each other: the model writes their order. Texts only, and at most
+`RerankerServiceInfoResponse.max_listwise_candidates` of them.
+"""
+Global___RerankMethod: _TypeAlias = RerankMethod  # noqa: Y015
+
 @_typing.final
 class RerankRequest(_message.Message):
     """Request of `Rerank`."""
@@ -32,10 +61,13 @@ class RerankRequest(_message.Message):
     INSTRUCTION_FIELD_NUMBER: _builtins.int
     QUERY_CONTENT_FIELD_NUMBER: _builtins.int
     CANDIDATE_CONTENTS_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """The query's text or ECR text, at most 32,768 characters, not blank."""
     instruction: _builtins.str
     """What counts as an answer, at most 2,048 characters; empty = the model's own."""
+    method: Global___RerankMethod.ValueType
+    """Unset: pointwise."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 256 candidates' texts or ECR texts, each at most 32,768 characters."""
@@ -58,14 +90,45 @@ class RerankRequest(_message.Message):
         instruction: _builtins.str = ...,
         query_content: _content_pb2.Content | None = ...,
         candidate_contents: _abc.Iterable[_content_pb2.Content] | None = ...,
+        method: Global___RerankMethod.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["query_content", b"query_content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_contents", b"candidate_contents", "candidates", b"candidates", "instruction", b"instruction", "query", b"query", "query_content", b"query_content"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_contents", b"candidate_contents", "candidates", b"candidates", "instruction", b"instruction", "method", b"method", "query", b"query", "query_content", b"query_content"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RerankRequest: _TypeAlias = RerankRequest  # noqa: Y015
+
+@_typing.final
+class ListwiseOrder(_message.Message):
+    """What a listwise model wrote."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDICES_FIELD_NUMBER: _builtins.int
+    RANKED_FIELD_NUMBER: _builtins.int
+    ranked: _builtins.int
+    """How many of them, from the first, the model put in order. The others were missing in its reply,
+    or the reply was no list at all (0); they follow in the order of the request.
+    """
+    @_builtins.property
+    def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Every position of the request's candidates once, from 0, best first."""
+
+    def __init__(
+        self,
+        *,
+        indices: _abc.Iterable[_builtins.int] | None = ...,
+        ranked: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "ranked", b"ranked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListwiseOrder: _TypeAlias = ListwiseOrder  # noqa: Y015
 
 @_typing.final
 class RerankResponse(_message.Message):
@@ -75,23 +138,31 @@ class RerankResponse(_message.Message):
 
     SCORES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """P(yes) of each candidate in [0, 1], in the order of the request (not sorted)."""
+        """P(yes) of each candidate in [0, 1], in the order of the request (not sorted). Empty when the
+        method is listwise.
+        """
 
     @_builtins.property
     def usage(self) -> _usage_pb2.Usage:
         """What it cost."""
+
+    @_builtins.property
+    def order(self) -> Global___ListwiseOrder:
+        """Set when the method is listwise."""
 
     def __init__(
         self,
         *,
         scores: _abc.Iterable[_builtins.float] | None = ...,
         usage: _usage_pb2.Usage | None = ...,
+        order: Global___ListwiseOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "scores", b"scores", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,6 +377,9 @@ class RerankerServiceInfoResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    MAX_LISTWISE_CANDIDATES_FIELD_NUMBER: _builtins.int
+    max_listwise_candidates: _builtins.int
+    """Most candidates of a listwise request; 0 = this server has no listwise method."""
     @_builtins.property
     def model(self) -> _model_pb2.ModelInfo:
         """The running model."""
@@ -314,10 +388,11 @@ class RerankerServiceInfoResponse(_message.Message):
         self,
         *,
         model: _model_pb2.ModelInfo | None = ...,
+        max_listwise_candidates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_listwise_candidates", b"max_listwise_candidates", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,11 +61,13 @@ class RerankerServiceServicer:
     """
 
     def Rerank(self, request, context):
-        """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all.
+        """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all. A server
+        that was started with `--listwise` also orders a list without scoring it (`method`).
 
         Errors: INVALID_ARGUMENT (empty query, too many or too long texts), RESOURCE_EXHAUSTED with
         RetryInfo (the queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), INTERNAL
-        (the model made NaN; NaN is never sorted).
+        (the model made NaN; NaN is never sorted), UNIMPLEMENTED (a method or media that this server does
+        not have).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

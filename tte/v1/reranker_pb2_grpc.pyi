@@ -37,11 +37,13 @@ class RerankerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RerankerServiceAsyncStub: ...
     Rerank: _grpc.UnaryUnaryMultiCallable[_reranker_pb2.RerankRequest, _reranker_pb2.RerankResponse]
-    """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all.
+    """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all. A server
+    that was started with `--listwise` also orders a list without scoring it (`method`).
 
     Errors: INVALID_ARGUMENT (empty query, too many or too long texts), RESOURCE_EXHAUSTED with
     RetryInfo (the queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), INTERNAL
-    (the model made NaN; NaN is never sorted).
+    (the model made NaN; NaN is never sorted), UNIMPLEMENTED (a method or media that this server does
+    not have).
     """
     MineNegatives: _grpc.StreamStreamMultiCallable[_reranker_pb2.MineNegativesRequest, _reranker_pb2.MinedNegatives]
     """Mines hard negatives: each request is one training query with its positive and its retrieved
@@ -63,11 +65,13 @@ class RerankerServiceAsyncStub(RerankerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Rerank: _aio.UnaryUnaryMultiCallable[_reranker_pb2.RerankRequest, _reranker_pb2.RerankResponse]  # type: ignore[assignment]
-    """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all.
+    """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all. A server
+    that was started with `--listwise` also orders a list without scoring it (`method`).
 
     Errors: INVALID_ARGUMENT (empty query, too many or too long texts), RESOURCE_EXHAUSTED with
     RetryInfo (the queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), INTERNAL
-    (the model made NaN; NaN is never sorted).
+    (the model made NaN; NaN is never sorted), UNIMPLEMENTED (a method or media that this server does
+    not have).
     """
     MineNegatives: _aio.StreamStreamMultiCallable[_reranker_pb2.MineNegativesRequest, _reranker_pb2.MinedNegatives]  # type: ignore[assignment]
     """Mines hard negatives: each request is one training query with its positive and its retrieved
@@ -92,11 +96,13 @@ class RerankerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _reranker_pb2.RerankRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_reranker_pb2.RerankResponse, _abc.Awaitable[_reranker_pb2.RerankResponse]]:
-        """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all.
+        """Scores 1 to 256 candidates for one query. The query's tokens are computed once for all. A server
+        that was started with `--listwise` also orders a list without scoring it (`method`).
 
         Errors: INVALID_ARGUMENT (empty query, too many or too long texts), RESOURCE_EXHAUSTED with
         RetryInfo (the queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), INTERNAL
-        (the model made NaN; NaN is never sorted).
+        (the model made NaN; NaN is never sorted), UNIMPLEMENTED (a method or media that this server does
+        not have).
         """
 
     @_abc_1.abstractmethod

@@ -22,7 +22,7 @@ from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
 from tte_jax.content import Content, Reasoning, Usage
 from tte_jax.errors import InternalError, UnavailableError
-from tte_jax.stages import GREEDY, EmbedItem, ReasonItem, Sampling
+from tte_jax.stages import GREEDY, EmbedItem, Order, ReasonItem, Sampling
 
 
 class RemoteReasoner(Remote):
@@ -151,3 +151,23 @@ class RemoteReranker(Remote):
         with translated(self.peer):
             response = await self._stub.Rerank(request, timeout=timeout_s, metadata=self.metadata)
         return np.array(response.scores, np.float32), codec.decode_usage(response.usage)
+
+    async def order(
+        self,
+        query: str,
+        candidates: Sequence[str],
+        *,
+        instruction: str = "",
+        timeout_s: float | None = None,
+    ) -> tuple[Order, Usage]:
+        """The listwise method, of a server that has it; others raise `UnsupportedError`."""
+        request = reranker_pb2.RerankRequest(
+            query=query,
+            candidates=candidates,
+            instruction=instruction,
+            method=reranker_pb2.RERANK_METHOD_LISTWISE,
+        )
+        with translated(self.peer):
+            response = await self._stub.Rerank(request, timeout=timeout_s, metadata=self.metadata)
+        order = response.order
+        return Order(tuple(order.indices), order.ranked), codec.decode_usage(response.usage)

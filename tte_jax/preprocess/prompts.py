@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from tte_jax.errors import (
     PreconditionError,
     UnsupportedError,
 )
-from tte_jax.preprocess import prompts_full, prompts_mini
+from tte_jax.preprocess import prompts_full, prompts_list, prompts_mini
 from tte_jax.preprocess.ecr import END_THINK, THINK, cut_words, parse_ecr, plain
 from tte_jax.preprocess.media import LoadMedia, media_loader
 from tte_jax.preprocess.patches import ImageConfig
@@ -276,12 +276,7 @@ class PromptSet:
           UnsupportedError: media for a reranker of texts.
         """
         text, media = self._rerank_item(query, field)
-        if not text and not media:
-            raise InvalidInputError(
-                "the query is empty; send its text or its reasoning",
-                field=field,
-                reason="EMPTY_QUERY",
-            )
+        _require_query(text or media, field)
         more = (media,) if media else ()
         return self._assemble(self._wording.rerank_prefix(text, instruction.strip(), *more))
 
@@ -293,6 +288,19 @@ class PromptSet:
         """
         text, media = self._rerank_item(document, field)
         return self._assemble(self._wording.rerank_suffix(text, *((media,) if media else ())))
+
+    def rerank_list(
+        self, query: str, documents: Sequence[str], instruction: str = "", *, field: str = "query"
+    ) -> Prompt:
+        """The listwise reranker's whole prompt; generation goes on from its end.
+
+        Raises:
+          InvalidInputError: the query is empty.
+        """
+        asked = _without_tags(query)
+        _require_query(asked, field)
+        texts = [_without_tags(document) for document in documents]
+        return self._assemble(prompts_list.order(asked, texts, instruction.strip()))
 
     def _rerank_item(self, item: str | Content, field: str) -> tuple[str, tuple[MediaSlot, ...]]:
         if isinstance(item, str):
@@ -342,6 +350,13 @@ def _require(content: Content, field: str) -> None:
     if content.empty:
         raise InvalidInputError(
             "the content is empty; send text, an image or both", field=field, reason="EMPTY_CONTENT"
+        )
+
+
+def _require_query(given: object, field: str) -> None:
+    if not given:
+        raise InvalidInputError(
+            "the query is empty; send its text or its reasoning", field=field, reason="EMPTY_QUERY"
         )
 
 
