@@ -57,11 +57,12 @@ def keep(results: Path, baseline: Path) -> None:
 
 def compared(baseline: Path, results: Path) -> dict[str, Comparison]:
     """By arm. Raises NotFoundError where an arm or all of its tasks are missing."""
-    return {
-        arm.name: report.compare_runs(*(report.find_runs([p / arm.name])[0] for p in pair))
-        for pair in [(baseline, results)]
-        for arm in sorted(baseline.iterdir())
-    }
+    found = {}
+    for arm in sorted(baseline.iterdir()):
+        (before,) = report.find_runs([arm])
+        (now,) = report.find_runs([results / arm.name])
+        found[arm.name] = report.compare_runs(before, now)
+    return found
 
 
 def worse(found: Comparison) -> bool:
