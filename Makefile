@@ -15,13 +15,14 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-devices crash lint format types protos breaking bench \
+.PHONY: help install serve demo test test-devices gate crash lint format types protos breaking bench \
   bench-engine bench-index parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
 	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
 	@echo "make test      the test suite; make test-devices: serving and training on eight devices"
+	@echo "make gate      mini-MMEB with the built-in models against the committed results"
 	@echo "make crash     200 times kill -9 in the middle of writes, 30 times of the training loop"
 	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
 	@echo "make protos    generate the package tte from protos/"
@@ -65,6 +66,10 @@ test: $(VENV)/.installed-dev
 # What compiles for eight devices or two processes takes minutes of its own.
 test-devices: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m many_devices $(PYTEST_ARGS)
+
+# Minutes; fails when an arm has become significantly worse.
+gate: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gate
 
 # Kills a writing process 200 times, and the training loop or its reranker 30 times; minutes.
 crash: $(VENV)/.installed-dev
