@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import random
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -311,6 +312,20 @@ class CorpusStore:
         )
         with self.reader() as db:
             return [_stored(row) for row in db.execute(query, (after, limit))]
+
+    def sample(self, count: int) -> list[Stored]:
+        """At most `count` different documents, drawn by random sequence numbers."""
+        query = (
+            "SELECT sequence, id, dimension, vector, metadata FROM documents WHERE sequence >= ? "
+            "ORDER BY sequence LIMIT 1"
+        )
+        found: dict[int, Stored] = {}
+        with self.reader() as db:
+            last = rows.number(db, "sequence")
+            for start in random.sample(range(1, last + 1), min(count, last)):
+                for row in db.execute(query, (start,)):
+                    found[row[0]] = _stored(row)
+        return list(found.values())
 
     def metadata_of(self, ids: Sequence[str]) -> dict[str, Metadata]:
         """The metadata of the ids that exist."""
