@@ -28,6 +28,7 @@ from tte_jax.corpus.records import (
     Removed,
     Stored,
     StoredDocument,
+    decode_all_metadata,
     decode_metadata,
     decode_parts,
     decode_vector,
@@ -50,6 +51,7 @@ DATABASE = "corpus.sqlite3"
 MEDIA = "media"
 LOCK = "corpus.lock"
 _SNAPSHOTS = "snapshots"
+_PAGE = 1000
 
 
 class CorpusStore:
@@ -130,6 +132,10 @@ class CorpusStore:
           StorageFullError: no disk space; nothing was stored.
         """
         validate(entries)
+        return self.upsert_valid(entries)
+
+    def upsert_valid(self, entries: Sequence[IndexEntry]) -> list[int]:
+        """`upsert` of what has passed `records.validate`."""
         with self.transaction() as db:
             rows.admit(db, entries)
             sequence = rows.number(db, "sequence")
@@ -277,9 +283,14 @@ class CorpusStore:
 
     def metadata(self) -> dict[str, tuple[int, Metadata]]:
         """(sequence, metadata) of every document."""
+        found: dict[str, tuple[int, Metadata]] = {}
         with self.reader() as db:
             every = db.execute("SELECT id, sequence, metadata FROM documents")
-            return {id: (sequence, decode_metadata(raw)) for id, sequence, raw in every}
+            while page := every.fetchmany(_PAGE):
+                ids, sequences, raw = zip(*page, strict=True)
+                values = zip(sequences, decode_all_metadata(raw), strict=True)
+                found.update(zip(ids, values, strict=True))
+        return found
 
     def changes_since(self, sequence: int) -> Iterator[Change]:
         """Live documents written after `sequence` and deletions after it, in order."""
