@@ -9,8 +9,7 @@ from tte_jax.content import Document, Metadata
 from tte_jax.stages import StoredVersions
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A neighbour: id, cosine (float32 precision), metadata of the row that matched."""
 
     id: str
