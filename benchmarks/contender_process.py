@@ -41,7 +41,8 @@ class ContenderProcess:
         theirs.close()
 
     def build(self) -> dict[str, Any]:
-        """{"build_s", "memory_mb", "values", …}; a saved index is loaded with its old figures."""
+        """{"build_s", "memory_mb", "values", …}; a saved index is loaded with its old figures, and
+        one that was interrupted is built on."""
         return self._ask("build")
 
     def measure(self, **how: Any) -> dict[str, Any]:
@@ -66,6 +67,9 @@ class ContenderProcess:
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
 
+
+# A build is saved so often, so that a graph of an hour can be built in pieces.
+_SAVE_EVERY_S = 60.0
 
 # Every library's pool gets the same number of threads, and reads it when it is first imported.
 _POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -96,23 +100,31 @@ def _build(
 ) -> dict[str, Any]:
     path = cache / name.replace(" ", "-")
     note = path.with_suffix(".json")
+    figures: dict[str, Any] = {"rows": 0, "build_s": 0.0}
+    before = _anonymous_mb()
     if contender.saved and note.exists():
+        figures = json.loads(note.read_text())
         contender.load(path, vectors)
-        return json.loads(note.read_text()) | {"loaded": True}
-    before, began = _anonymous_mb(), time.perf_counter()
-    contender.build(vectors, threads)
-    figures = {
-        "build_s": round(time.perf_counter() - began, 2),
-        "memory_mb": round(_anonymous_mb() - before, 1),
-        "values": contender.values,
-    }
+    saved_at = time.perf_counter()
+    while figures["rows"] < len(vectors):
+        began = time.perf_counter()
+        figures["rows"] = contender.build(vectors, threads, figures["rows"])
+        figures["build_s"] = round(figures["build_s"] + time.perf_counter() - began, 2)
+        figures["memory_mb"] = round(_anonymous_mb() - before, 1)
+        complete = figures["rows"] == len(vectors)
+        if contender.saved and (complete or time.perf_counter() - saved_at > _SAVE_EVERY_S):
+            cache.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".draft")
+            contender.save(draft)
+            # Interrupted in between, it is built anew rather than added to twice.
+            note.unlink(missing_ok=True)
+            os.replace(draft, path)
+            note.write_text(json.dumps(figures))
+            saved_at = time.perf_counter()
+    figures["values"] = contender.values
     if report := getattr(contender, "report", None):
         figures |= {"kind": report.kind, "canary_recall": report.recall}
         figures["effort"] = list(getattr(contender, "chosen", ()))
-    if contender.saved:
-        cache.mkdir(parents=True, exist_ok=True)
-        contender.save(path)
-        note.write_text(json.dumps(figures))
     return figures
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+_AT_ONCE = 100_000  # rows
+
 
 class Contender(Protocol):
     """An index under test.
@@ -24,7 +26,9 @@ class Contender(Protocol):
     saved: bool
     values: list[Any]
 
-    def build(self, vectors: np.ndarray, threads: int) -> None: ...
+    def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
+        """Take up more rows, beginning with row `done`; returns how many it holds now."""
+        ...
 
     def save(self, path: Path) -> None: ...
 
@@ -47,14 +51,15 @@ class _Faiss:
     def _make(self, rows: int) -> Any:
         raise NotImplementedError
 
-    def build(self, vectors: np.ndarray, threads: int) -> None:
+    def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
         self.threads(threads)
-        self.dimension = vectors.shape[1]
-        self.index = self._make(len(vectors))
-        if not self.index.is_trained:
-            self.index.train(np.ascontiguousarray(vectors[:100_000]))
-        for start in range(0, len(vectors), 100_000):
-            self.index.add(np.ascontiguousarray(vectors[start : start + 100_000]))
+        if not done:
+            self.dimension = vectors.shape[1]
+            self.index = self._make(len(vectors))
+            if not self.index.is_trained:
+                self.index.train(np.ascontiguousarray(vectors[:100_000]))
+        self.index.add(np.ascontiguousarray(vectors[done : done + _AT_ONCE]))
+        return self.index.ntotal
 
     def save(self, path: Path) -> None:
         import faiss
@@ -141,13 +146,15 @@ class Hnswlib:
     values = [16, 32, 64, 128, 256, 512]
     saved = True
 
-    def build(self, vectors: np.ndarray, threads: int) -> None:
+    def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
         import hnswlib
 
-        self.index = hnswlib.Index("ip", vectors.shape[1])
-        self.index.init_index(len(vectors), ef_construction=100, M=16)
-        self.index.add_items(vectors, num_threads=threads)
+        if not done:
+            self.index = hnswlib.Index("ip", vectors.shape[1])
+            self.index.init_index(len(vectors), ef_construction=100, M=16)
+        self.index.add_items(vectors[done : done + _AT_ONCE], num_threads=threads)
         self.count = threads
+        return self.index.element_count
 
     def save(self, path: Path) -> None:
         self.index.save_index(str(path))
@@ -156,7 +163,7 @@ class Hnswlib:
         import hnswlib
 
         self.index = hnswlib.Index("ip", vectors.shape[1])
-        self.index.load_index(str(path))
+        self.index.load_index(str(path), max_elements=len(vectors))
 
     def threads(self, count: int) -> None:
         self.count = count
@@ -178,12 +185,13 @@ class Usearch:
 
         return Index(ndim=dimension, metric="ip", dtype="f32", connectivity=16, expansion_add=100)
 
-    def build(self, vectors: np.ndarray, threads: int) -> None:
-        self.index = self._empty(vectors.shape[1])
-        for start in range(0, len(vectors), 100_000):
-            part = np.ascontiguousarray(vectors[start : start + 100_000])
-            self.index.add(np.arange(start, start + len(part)), part, threads=threads)
+    def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
+        if not done:
+            self.index = self._empty(vectors.shape[1])
+        part = np.ascontiguousarray(vectors[done : done + _AT_ONCE])
+        self.index.add(np.arange(done, done + len(part)), part, threads=threads)
         self.count = threads
+        return done + len(part)
 
     def save(self, path: Path) -> None:
         self.index.save(str(path))
@@ -211,12 +219,12 @@ class Ours:
     """
 
     saved = False
-    values: list[Any] = [-6, -4, -2, 0, 2, 4]
+    values: list[Any] = [-6, -4, -3, -2, -1, 0, 1, 2, 4]
 
     def __init__(self, **config: Any) -> None:
         self._config = config
 
-    def build(self, vectors: np.ndarray, threads: int) -> None:
+    def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
         from tte_jax.index import IndexConfig, LiveIndex
         from tte_jax.index.generation import Rows
 
@@ -231,8 +239,9 @@ class Ours:
         self.searcher: Any = self.live.view.generation.searcher
         if self.searcher is None:
             self.values = [0]
-            return
-        self.chosen = self.searcher.effort
+        else:
+            self.chosen = self.searcher.effort
+        return len(vectors)
 
     def save(self, path: Path) -> None:
         raise NotImplementedError
@@ -245,18 +254,8 @@ class Ours:
             self.searcher.share_batches(count)
 
     def set(self, value: int) -> None:
-        if self.searcher is None:
-            return
-        from tte_jax.index.scann_searcher import Effort
-
-        leaves, reorder = self.chosen
-        share = 2 ** (value / 2)
-        if leaves:
-            most = max(effort.leaves for effort in self.searcher.efforts)
-            leaves = min(most, max(1, round(leaves * share)))
-        else:
-            reorder = max(20, round(reorder * share))
-        self.searcher.effort = Effort(leaves, reorder)
+        if self.searcher is not None:
+            self.searcher.effort = scaled(self.searcher, self.chosen, value)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         found = self.live.search_batch(queries, k)
@@ -270,6 +269,18 @@ class Ours:
         if self.searcher is None:
             return self.search(queries, k)
         return self.searcher.propose(queries, k + 10)[0][:, :k]
+
+
+def scaled(searcher: Any, chosen: Any, value: int) -> Any:
+    """The `Effort` that costs about 2 ** (value / 2) of the one that a searcher chose."""
+    from tte_jax.index.scann_searcher import Effort
+
+    leaves, reorder = chosen
+    share = 2 ** (value / 2)
+    if leaves:
+        most = max(effort.leaves for effort in searcher.efforts)
+        return Effort(min(most, max(1, round(leaves * share))), reorder)
+    return Effort(leaves, max(20, round(reorder * share)))
 
 
 CONTENDERS = {

@@ -1,12 +1,14 @@
 """The index against FAISS, hnswlib and usearch, and its durable side: `make bench-index`.
 
-    python -m benchmarks.index --sizes 100000 1000000
+    python -m benchmarks.index                                # everything, which takes long
+    python -m benchmarks.index --sizes 1000000 --contenders hnswlib --parts contenders
 
-All contenders of a size are built one after the other, each in a process of its own; then all of
-them are measured in turns, round by round, on the same cores with the same number of threads, so
-that what else happens on the machine meets all alike. Built indices are kept under `--work-dir`,
-and results are written after every step: run the same command again after an interruption and it
-goes on. Needs the extra `bench`.
+It consists of pieces: each contender over each data set (built and measured in a process of its
+own, alone on the machine), each size of the thresholds, the durable upserts, the served corpus. A
+piece that is finished is kept in the result file with the commit, the load of the machine and the
+time that it took; graphs are saved while they are built. So the same command goes on after an
+interruption, and options choose what to do now. `--fresh` forgets everything. Needs the extra
+`bench`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,22 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks import environment, index_corpus, index_thresholds, markdown, vectors
+from benchmarks import (
+    environment,
+    index_corpus,
+    index_summary,
+    index_thresholds,
+    markdown,
+    vectors,
+)
 from benchmarks.contender_process import ContenderProcess
-from benchmarks.contenders import CONTENDERS, GRAPHS, LIBRARY, PACKAGES
-from tte_jax.corpus.store import CorpusStore
+from benchmarks.contenders import CONTENDERS, LIBRARY, PACKAGES
+from benchmarks.index_summary import KS, RECALL
+from tte_jax.cli import state
+from tte_jax.corpus.store import DATABASE, CorpusStore
 
-KS = (10, 100)
-RECALL = 0.95
+PARTS = ("contenders", "thresholds", "upserts", "served")
+CORPUS_SET = "corpus"
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,10 @@ class Config:
 
     Attributes:
       sizes: numbers of generated vectors (`benchmarks/vectors.py`).
-      corpus: a corpus directory whose vectors are measured too, e.g. `.tte/corpus`; empty = none.
+      corpus: a corpus directory whose vectors are measured too; by default the one that `make demo`
+        and `make serve` fill.
       contenders: which; all by default.
+      parts: what to do now, of contenders, thresholds, upserts and served.
       threads: for building, and for batches; single queries use one.
       queries: how many differ.
       seconds: of one slice: one contender, one parameter, one k, one mode.
@@ -52,7 +65,7 @@ class Config:
         largest size are left out.
       upserts: documents written to measure durable upserts.
       work_dir: data, built indices and corpora; kept for the next run.
-      fresh: forget the result of an interrupted run, and built indices.
+      fresh: forget every result and built index.
       out: the result.
     """
 
@@ -60,8 +73,9 @@ class Config:
         100_000,
         1_000_000,
     )
-    corpus: str = ""
+    corpus: Path = state.data_dir() / "corpus"
     contenders: tuple[str, ...] = tuple(CONTENDERS)
+    parts: tuple[str, ...] = PARTS
     threads: int = 2
     queries: int = 1000
     seconds: float = 0.4
@@ -74,20 +88,22 @@ class Config:
 
 
 class Results:
-    """The result file: written after every step, and read back when the same run goes on."""
+    """The result file: written after every piece, and read back when the same settings go on."""
 
     def __init__(self, config: Config, settings: dict[str, Any]) -> None:
         self.path = config.out
         self.content: dict[str, Any] = {"settings": settings}
         if not config.fresh and self.path.exists():
             before = json.loads(self.path.read_text())
-            # A finished run is measured again; its built indices are still there.
-            if before.get("settings") == settings and not before.get("complete"):
-                self.content = before
-                print(f"going on with {self.path}", flush=True)
+            if before.get("settings") != settings:
+                raise SystemExit(
+                    f"{self.path} was measured with other settings. Give those, or --fresh."
+                )
+            self.content = before
+            print(f"going on with {self.path}", flush=True)
         self.content |= environment.describe("benchmarks.index")
         self.content["versions"] |= {name: metadata.version(name) for name in PACKAGES}
-        self.content["complete"] = False
+        self.content.setdefault("pieces", {})
 
     def step(self, place: list[str], work: Callable[[], Any]) -> Any:
         """The value at `place`, made by `work` unless it is there."""
@@ -95,10 +111,19 @@ class Results:
         for name in place[:-1]:
             at = at.setdefault(name, {})
         if place[-1] not in at:
-            print(f"--- {' / '.join(place)}", flush=True)
-            began = time.perf_counter()
+            name = " / ".join(place)
+            print(f"--- {name}", flush=True)
+            load, began = environment.foreign_load(2.0), time.perf_counter()
             at[place[-1]] = work()
-            print(f"    {time.perf_counter() - began:.1f} s", flush=True)
+            took = round(time.perf_counter() - began, 1)
+            self.content["pieces"][name] = {
+                "seconds": took,
+                "foreign_load": load,
+                "noisy": environment.noisy(load),
+                "commit": self.content["commit"],
+                "date": self.content["date"],
+            }
+            print(f"    {took} s", flush=True)
             self.write()
         return at[place[-1]]
 
@@ -110,122 +135,107 @@ class Results:
 
 
 def main(config: Config) -> int:
-    if unknown := set(config.contenders) - set(CONTENDERS):
-        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
-        return 2
+    for given, known in ((config.contenders, CONTENDERS), (config.parts, PARTS)):
+        if unknown := set(given) - set(known):
+            print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+            return 2
     if config.fresh:
         shutil.rmtree(config.work_dir, ignore_errors=True)
     config.work_dir.mkdir(parents=True, exist_ok=True)
     settings = {
-        name: getattr(config, name)
-        for name in ("corpus", "threads", "queries", "seconds", "rounds", "upserts")
-    } | {
-        "sizes": list(config.sizes),
-        "contenders": list(config.contenders),
-        "threshold_sizes": list(config.threshold_sizes),
-        "dimension": vectors.DIMENSION,
-        "generator": "benchmarks/vectors.py",
-    }
+        name: getattr(config, name) for name in ("threads", "queries", "seconds", "rounds")
+    } | {"dimension": vectors.DIMENSION, "generator": "benchmarks/vectors.py"}
     results = Results(config, settings)
-    before = environment.foreign_load()
-    sets: dict[str, vectors.Data] = {}
-    for size in config.sizes:
-        print(f"--- data of {size:,} vectors", flush=True)
-        folder = config.work_dir / f"generated-{size}-{config.queries}"
-        sets[f"{size}"] = vectors.generate(folder, size, config.queries)
-    if config.corpus:
-        sets["corpus"] = _of_corpus(Path(config.corpus), config)
-    largest = sets[str(max(config.sizes))]
+    if "contenders" in config.parts:
+        for size in config.sizes:
+            compare(str(size), _generated(size, config), config, results)
+        if (config.corpus / DATABASE).is_file():
+            compare(CORPUS_SET, _of_corpus(config), config, results)
+        else:
+            print(f"there is no corpus in {config.corpus}: `make demo` fills one")
+    largest = _generated(max(config.sizes), config)
+    if "thresholds" in config.parts:
+        thresholds(largest, config, results)
+    if "upserts" in config.parts:
+        results.step(
+            ["upserts"],
+            lambda: index_corpus.upserts(
+                config.work_dir / "upserts", np.load(largest.vectors, mmap_mode="r"),
+                count=config.upserts,
+            ),
+        )  # fmt: skip
+    if "served" in config.parts:
+        served(largest, config, results)
 
-    for name, data in sets.items():
-        compare(name, data, config, results)
-    thresholds(largest, config, results)
-    results.step(
-        ["upserts"],
-        lambda: index_corpus.upserts(
-            config.work_dir / "upserts", np.load(largest.vectors, mmap_mode="r"),
-            count=config.upserts,
-        ),
-    )  # fmt: skip
-    served(largest, config, results)
-
-    after = environment.foreign_load()
+    pieces = results.content["pieces"]
     results.content |= {
-        "foreign_load": {"before": before, "after": after},
-        "noisy": environment.noisy(before, after),
-        "table": [list(row) for row in summary(results.content)],
-        "complete": True,
+        "noisy": any(piece["noisy"] for piece in pieces.values()),
+        "speeds": [list(row) for row in index_summary.speeds(results.content)],
+        "table": [list(row) for row in index_summary.goals(results.content)],
     }
     results.write()
-    print(markdown.table(("what", "figure", "goal", ""), results.content["table"]))
-    quiet = "" if not results.content["noisy"] else " (noisy: other work ran beside it)"
-    print(f"Wrote {config.out}{quiet}.")
+    print(markdown.table(index_summary.SPEEDS, results.content["speeds"]))
+    print(markdown.table(index_summary.GOALS, results.content["table"]))
+    loud = [name for name, piece in pieces.items() if piece["noisy"]]
+    print(f"Wrote {config.out}." + (f" Other work ran beside: {', '.join(loud)}." if loud else ""))
     return 0
 
 
 def compare(name: str, data: vectors.Data, config: Config, results: Results) -> None:
-    """Builds every contender over `data`, then measures all of them in turns."""
-    if "points" in results.content.get("sets", {}).get(name, {}):
-        return
-    running: dict[str, ContenderProcess] = {}
+    """Builds and measures the contenders over `data`, one after the other."""
+    for contender in config.contenders:
+        results.step(
+            ["sets", name, contender],
+            lambda contender=contender: _contend(contender, data, config),
+        )
+
+
+def _contend(name: str, data: vectors.Data, config: Config) -> dict[str, Any]:
+    """{"rows", "build", "points"}, or {"rows", "error"} when it cannot be built."""
+    process = ContenderProcess(name, data, data.folder / "built", config.threads)
     try:
-        for contender in config.contenders:
-            process = ContenderProcess(contender, data, data.folder / "built", config.threads)
-            built = results.content.setdefault("sets", {}).setdefault(name, {"rows": data.rows})
-            print(f"--- {name} / {contender}", flush=True)
-            try:
-                figures = process.build()
-            except RuntimeError as error:
-                print(f"    failed: {error}", flush=True)
-                built.setdefault("builds", {})[contender] = {"error": str(error)[-500:]}
-                process.stop()
-                continue
-            # A second build of one that cannot be loaded is measured again.
-            built.setdefault("builds", {})[contender] = figures
-            print(f"    {figures['build_s']} s, {figures['memory_mb']} MB", flush=True)
-            running[contender] = process
-            results.write()
-        builds = results.content["sets"][name]["builds"]
-        results.step(["sets", name, "points"], lambda: _points(running, builds, config))
+        built = process.build()
+        print(f"    built in {built['build_s']} s, {built['memory_mb']} MB", flush=True)
+        return {"rows": data.rows, "build": built, "points": _points(process, built, config)}
+    except RuntimeError as error:
+        print(f"    failed: {error}", flush=True)
+        return {"rows": data.rows, "error": str(error)[-500:]}
     finally:
-        for process in running.values():
-            process.stop()
+        process.stop()
 
 
 def _points(
-    running: dict[str, ContenderProcess], builds: dict[str, Any], config: Config
+    process: ContenderProcess, built: dict[str, Any], config: Config
 ) -> list[dict[str, Any]]:
-    """Every (contender, value, k, mode): the best and the median QPS of the rounds, the recall."""
+    """Every (value, k, mode): the best and the median QPS of the rounds, the recall. Slices of one
+    round come in a random order, so that a disturbance does not meet all rounds of one point."""
     wanted = [
-        {"contender": name, "value": value, "k": k, "mode": mode, "variant": variant}
-        for name in running
-        for variant in ((name, LIBRARY) if name == "ours" else (name,))
-        for value in builds[name]["values"]
+        {"contender": variant, "value": value, "k": k, "mode": mode}
+        for variant in ((process.name, LIBRARY) if process.name == "ours" else (process.name,))
+        for value in built["values"]
         for k in KS
         for mode in ("batch", "single")
     ]
     shuffle = random.Random(0)
     slices: list[list[dict[str, Any]]] = [[] for _ in wanted]
-    for number in range(config.rounds):
+    for _ in range(config.rounds):
         order = list(range(len(wanted)))
         shuffle.shuffle(order)
         for at in order:
             point = wanted[at]
             slices[at].append(
-                running[point["contender"]].measure(
+                process.measure(
                     value=point["value"], k=point["k"], mode=point["mode"],
-                    variant=point["variant"], seconds=config.seconds,
+                    variant=point["contender"], seconds=config.seconds,
                 )
             )  # fmt: skip
-        print(f"    round {number + 1} of {config.rounds}", flush=True)
     points = []
     for point, some in zip(wanted, slices, strict=True):
         rates = [one["qps"] for one in some]
         best = max(some, key=lambda one: one["qps"])
         points.append(
-            {key: point[key] for key in ("value", "k", "mode")}
+            point
             | {
-                "contender": point["variant"],
                 "qps": round(max(rates), 1),
                 "qps_median": round(statistics.median(rates), 1),
                 "recall": round(some[0]["recall"], 4),
@@ -274,87 +284,29 @@ def served(data: vectors.Data, config: Config, results: Results) -> None:
                 ready.append(round(seconds, 2))
         return {"documents": data.rows, "seconds": ready}
 
-    def remote() -> dict[str, Any]:
-        with index_corpus.service(home, log) as (address, _):
-            return index_corpus.through_grpc(
-                address, data, seconds=5 * config.seconds, rounds=config.rounds
-            )
-
     results.step(["served", "start"], start)
-    results.step(["served", "grpc"], remote)
     results.step(
-        ["served", "in_process"],
-        lambda: index_corpus.in_process(
-            home, data, threads=config.threads, seconds=5 * config.seconds, rounds=config.rounds
+        ["served", "searches"],
+        lambda: index_corpus.searches(
+            home, data, log, seconds=5 * config.seconds, rounds=config.rounds
         ),
     )
 
 
-def summary(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of (what, figure, goal, ok or miss); "-" where there is nothing to compare."""
-    rows: list[tuple[str, str, str, str]] = []
-
-    def add(what: str, figure: float | None, goal: float, *, least: bool = True, unit: str = ""):
-        if figure is None:
-            rows.append((what, "-", f"{'≥' if least else '<'} {goal:g}{unit}", "miss"))
-            return
-        good = figure >= goal if least else figure < goal
-        sign = "≥" if least else "<"
-        rows.append(
-            (what, f"{figure:.4g}{unit}", f"{sign} {goal:g}{unit}", "ok" if good else "miss")
-        )
-
-    for name, part in content.get("sets", {}).items():
-        points = part.get("points", [])
-        where = f"{name} vectors" if name != "corpus" else "the corpus's own vectors"
-        for mode, goal in (("batch", 2.0), ("single", 1.0)):
-            ours = best_qps(points, "ours", mode)
-            graph = max(filter(None, (best_qps(points, g, mode) for g in GRAPHS)), default=None)
-            ratio = ours / graph if ours and graph else None
-            add(f"{where}, {mode}: QPS against the best graph index", ratio, goal, unit=" x")
-        ours = best_qps(points, "ours", "batch")
-        scan = best_qps(points, "faiss ivf-pq fast-scan", "batch")
-        add(f"{where}, batch: QPS against FAISS IVF-PQ fast-scan",
-            ours / scan if ours and scan else None, 1.0, unit=" x")  # fmt: skip
-    if "upserts" in content:
-        add("durable upserts a second, batches of 100", content["upserts"]["per_second"], 2000)
-    served = content.get("served", {})
-    if "start" in served:
-        what = f"start of the service with {served['start']['documents']:,} documents"
-        add(what, max(served["start"]["seconds"]), 20, least=False, unit=" s")
-    if "grpc" in served and "in_process" in served:
-        rate = {
-            way: max(served[way][f"batch32_qps_{callers}"] for callers in (1, 2))
-            for way in ("grpc", "in_process")
-        }
-        add("through gRPC against in process, batches of 32",
-            rate["grpc"] / rate["in_process"], 0.8, unit=" x")  # fmt: skip
-        add("recall@10 through gRPC", served["grpc"]["recall"], RECALL)
-    return rows
+def _generated(size: int, config: Config) -> vectors.Data:
+    folder = config.work_dir / f"generated-{size}-{config.queries}"
+    return vectors.generate(folder, size, config.queries)
 
 
-def best_qps(
-    points: list[dict[str, Any]], contender: str, mode: str, k: int = 10, recall: float = RECALL
-) -> float | None:
-    """The most queries a second with enough recall; None when no parameter reaches it."""
-    return max(
-        (
-            p["qps"]
-            for p in points
-            if (p["contender"], p["mode"], p["k"]) == (contender, mode, k) and p["recall"] >= recall
-        ),
-        default=None,
-    )
-
-
-def _of_corpus(path: Path, config: Config) -> vectors.Data:
-    store = CorpusStore.open(path, read_only=True)
+def _of_corpus(config: Config) -> vectors.Data:
+    store = CorpusStore.open(config.corpus, read_only=True)
     try:
         every = np.stack([one.vector for one in store.entries_of(store.ids())])
+        name = f"corpus-{store.corpus_id[:8]}-{store.sequence}"
     finally:
         store.close()
     queries = min(config.queries, len(every) // 5)
-    return vectors.from_vectors(config.work_dir / "corpus", every, queries)
+    return vectors.from_vectors(config.work_dir / name, every, queries)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from tte_jax.index import CorpusIndex, IndexConfig
 from tte_jax.stages import IndexEntry
 
 BATCH = 32
+VALUES = (-4, -2, -1, 0, 1, 2, 4)  # see `contenders.scaled`
 UPSERT_BATCH = 100
 
 
@@ -80,11 +82,10 @@ def fill(data_dir: Path, vectors: np.ndarray) -> float:
     corpus, done = data_dir / "corpus", data_dir / "filled"
     if done.exists():
         return 0.0
-    shutil.rmtree(corpus, ignore_errors=True)
     began = time.perf_counter()
     store = CorpusStore.open(corpus)
     try:
-        for start in range(0, len(vectors), 5000):
+        for start in range(store.count(), len(vectors), 5000):  # the rest of an interrupted one
             part = np.asarray(vectors[start : start + 5000])
             store.upsert([entry(start + i, vector) for i, vector in enumerate(part)])
     finally:
@@ -100,34 +101,51 @@ def fill(data_dir: Path, vectors: np.ndarray) -> float:
 @contextmanager
 def service(data_dir: Path, log: Path) -> Iterator[tuple[str, float]]:
     """The index service as a process: its address, and seconds from its start to SERVING."""
+    with _process(("servers", "index"), data_dir, log) as (_, address, ready_s):
+        yield address, ready_s
+
+
+@contextmanager
+def _process(
+    module: tuple[str, ...], data_dir: Path, log: Path
+) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "servers", "index", f"--port={port}", f"--data-dir={data_dir}"]
+    command = [sys.executable, "-m", *module, f"--port={port}", f"--data-dir={data_dir}"]
     began = time.perf_counter()
     with open(log, "wb") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+        )  # fmt: skip
     try:
         address = f"127.0.0.1:{port}"
         with grpc.insecure_channel(address, options=OPTIONS) as channel:
             stub = index_pb2_grpc.IndexServiceStub(channel)
             _until(lambda: stub.Stats(index_pb2.StatsRequest(), timeout=60), process, 600.0)
-        yield address, time.perf_counter() - began
+        yield process, address, time.perf_counter() - began
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(600)
 
 
-def through_grpc(address: str, data: Data, *, seconds: float, rounds: int) -> dict[str, Any]:
-    """Batches of 32 and single searches for k = 10 through the service, ids only in batches.
+def searches(
+    data_dir: Path, data: Data, log: Path, *, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """One corpus, one process, one searcher: searched through gRPC and in process, in turns.
 
-    The best of `rounds`, with one caller and with two. Requests are made before, answers are parsed
-    by gRPC and not looked at, since this process shares the cores with the service; recall is taken
-    once, before.
+    Returns {"grpc", "in_process"}: [{"value", "k", "recall", "batch32_qps", "single_qps"}], and
+    {"chosen"}: both at the effort that the searcher chose itself, k = 10, batches of 32, the better
+    of one caller and of two; its recall.
     """
     queries, truth = np.load(data.queries), np.load(data.truth)
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    module = ("benchmarks.index_service",)
+    with (
+        _process(module, data_dir, log) as (process, address, _),
+        grpc.insecure_channel(address, options=OPTIONS) as channel,
+    ):
         stub = index_pb2_grpc.IndexServiceStub(channel)
         began = time.perf_counter()
         # The searcher is trained after the start, beside serving.
@@ -138,72 +156,107 @@ def through_grpc(address: str, data: Data, *, seconds: float, rounds: int) -> di
                 break
             time.sleep(0.5)
         out: dict[str, Any] = {
+            "documents": data.rows,
             "searcher": stats.kind,
             "searcher_ready_s": round(time.perf_counter() - began, 1),
+            "grpc": [],
+            "in_process": [],
         }
-        batches = [
-            index_pb2.SearchBatchRequest(
-                vectors=[codec.encode_vector(q) for q in queries[at : at + BATCH]],
-                k=10,
-                ids_only=True,
-            )
-            for at in range(0, len(queries) - BATCH + 1, BATCH)
-        ]
-        singles = [
-            index_pb2.IndexServiceSearchRequest(vector=codec.encode_vector(q), k=10)
-            for q in queries[:200]
-        ]
-        right = asked = 0
-        for number, request in enumerate(batches):
-            for i, result in enumerate(stub.SearchBatch(request).results):
-                best = set(truth[number * BATCH + i, :10].tolist())
-                right += len(best & {int(hit.id) for hit in result.hits})
-                asked += len(best)
-        out["recall"] = round(right / asked, 4)
-        for callers in (1, 2):
-            for name, call, requests, size in (
-                (f"batch32_qps_{callers}", stub.SearchBatch, batches, BATCH),
-                (f"single_qps_{callers}", stub.Search, singles, 1),
-            ):
-                rates = [_rate(call, requests, callers, seconds) * size for _ in range(rounds)]
-                out[name] = round(max(rates), 1)
+
+        def both(k: int, callers: int) -> tuple[dict[str, float], dict[str, float]]:
+            """The best of the rounds of each way."""
+            ways: tuple[dict[str, float], dict[str, float]] = ({}, {})
+            how = {"k": k, "callers": callers, "seconds": seconds, "queries": str(data.queries)}
+            for _ in range(rounds):
+                found = (
+                    through_grpc(stub, queries, k=k, callers=callers, seconds=seconds),
+                    _told(process, {"measure": how}),
+                )
+                for best, now in zip(ways, found, strict=True):
+                    best.update({name: max(now[name], best.get(name, 0.0)) for name in now})
+            return ways
+
+        for value in VALUES if stats.kind != "exact" else [0]:
+            _told(process, {"value": value})
+            for k in (10, 100):
+                recall = _recall(stub, queries, truth, k)
+                for way, best in zip(("grpc", "in_process"), both(k, 2), strict=True):
+                    out[way].append({"value": value, "k": k, "recall": recall} | best)
+        _told(process, {"value": 0})
+        rates = [[best["batch32_qps"] for best in both(10, callers)] for callers in (1, 2)]
+        grpc_qps, in_process_qps = np.max(rates, axis=0).tolist()
+        out["chosen"] = {"grpc": grpc_qps, "in_process": in_process_qps}
+        out["chosen"]["recall"] = _recall(stub, queries, truth, 10)
         return out
+
+
+def through_grpc(
+    stub: index_pb2_grpc.IndexServiceStub,
+    queries: np.ndarray,
+    *,
+    k: int,
+    callers: int,
+    seconds: float,
+) -> dict[str, float]:
+    """{"batch32_qps", "single_qps"}: `SearchBatch` of ids with so many callers, `Search` with one.
+
+    Requests are made before, answers are parsed by gRPC and not looked at, since this process
+    shares the cores with the service.
+    """
+    batches = [_request(part, k) for part in _parts(queries)]
+    singles = [
+        index_pb2.IndexServiceSearchRequest(vector=codec.encode_vector(q), k=k)
+        for q in queries[:200]
+    ]
+    return {
+        "batch32_qps": round(_rate(stub.SearchBatch, batches, callers, seconds) * BATCH, 1),
+        "single_qps": round(_rate(stub.Search, singles, 1, seconds), 1),
+    }
 
 
 def in_process(
-    data_dir: Path, data: Data, *, threads: int, seconds: float, rounds: int
-) -> dict[str, Any]:
-    """The same as `through_grpc`, without gRPC: `CorpusIndex` in this process."""
-    queries = np.load(data.queries)
-    config = IndexConfig(check_every=2**62, search_threads=threads)
-    index = CorpusIndex.open(data_dir / "corpus", config=config)
-    try:
-        index.maintenance.join(3600)
-        batches = [queries[at : at + BATCH] for at in range(0, len(queries) - BATCH + 1, BATCH)]
-        out: dict[str, Any] = {"searcher": index.stats().searcher}
-        for callers in (1, 2):
-            out[f"batch32_qps_{callers}"] = round(
-                BATCH
-                * max(
-                    _rate(
-                        lambda b: index.search_batch(b, 10, ids_only=True),
-                        batches, callers, seconds,
-                    )
-                    for _ in range(rounds)
-                ),
-                1,
-            )  # fmt: skip
-            singles = list(queries[:200])
-            out[f"single_qps_{callers}"] = round(
-                max(
-                    _rate(lambda q: index.search(q, 10), singles, callers, seconds)
-                    for _ in range(rounds)
-                ),
-                1,
-            )
-        return out
-    finally:
-        index.close()
+    index: CorpusIndex, *, queries: str, k: int, callers: int, seconds: float
+) -> dict[str, float]:
+    """What `through_grpc` measures, without gRPC; `queries` is a file."""
+    every = np.load(queries)
+    batch = lambda part: index.search_batch(part, k, ids_only=True)  # noqa: E731
+    single = lambda query: index.search(query, k)  # noqa: E731
+    return {
+        "batch32_qps": round(_rate(batch, _parts(every), callers, seconds) * BATCH, 1),
+        "single_qps": round(_rate(single, list(every[:200]), 1, seconds), 1),
+    }
+
+
+def _parts(queries: np.ndarray) -> list[np.ndarray]:
+    return [queries[at : at + BATCH] for at in range(0, len(queries) - BATCH + 1, BATCH)]
+
+
+def _request(queries: np.ndarray, k: int) -> index_pb2.SearchBatchRequest:
+    vectors = [codec.encode_vector(query) for query in queries]
+    return index_pb2.SearchBatchRequest(vectors=vectors, k=k, ids_only=True)
+
+
+def _recall(
+    stub: index_pb2_grpc.IndexServiceStub, queries: np.ndarray, truth: np.ndarray, k: int
+) -> float:
+    right = asked = 0
+    for number, part in enumerate(_parts(queries)):
+        for i, result in enumerate(stub.SearchBatch(_request(part, k)).results):
+            best = set(truth[number * BATCH + i, :k].tolist())
+            right += len(best & {int(hit.id) for hit in result.hits})
+            asked += len(best)
+    return round(right / asked, 4)
+
+
+def _told(process: subprocess.Popen[str], command: dict[str, Any]) -> Any:
+    """What `benchmarks.index_service` answers to a command."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(command) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the service died with exit code {process.wait(30)}")
+    return json.loads(line)
 
 
 def _rate(call: Callable[[Any], Any], requests: list, callers: int, seconds: float) -> float:
@@ -226,7 +279,7 @@ def _rate(call: Callable[[Any], Any], requests: list, callers: int, seconds: flo
     return sum(counts) / (time.perf_counter() - began)
 
 
-def _until(ready: Callable[[], Any], process: subprocess.Popen, limit_s: float) -> None:
+def _until(ready: Callable[[], Any], process: subprocess.Popen[str], limit_s: float) -> None:
     began = time.monotonic()
     while time.monotonic() - began < limit_s:
         if process.poll() is not None:

@@ -228,7 +228,10 @@ async def create(settings: Settings) -> Service:
 
     The corpus is opened while the server warms up; what is wrong with it ends the start then.
     """
-    servicer = IndexServicer(settings.data_dir / CORPUS, index=settings.index)
+    return service_of(IndexServicer(settings.data_dir / CORPUS, index=settings.index))
+
+
+def service_of(servicer: IndexServicer) -> Service:
     return Service(
         names=(NAME,),
         register=lambda server: index_pb2_grpc.add_IndexServiceServicer_to_server(servicer, server),

@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import index, index_thresholds, vectors
+from benchmarks import (
+    contender_process,
+    contenders,
+    index,
+    index_corpus,
+    index_summary,
+    index_thresholds,
+    vectors,
+)
 from benchmarks.contender_process import ContenderProcess
 
 
@@ -84,21 +92,29 @@ def test_the_table_compares_at_enough_recall():
         point("ours", "single", 90.0, 0.96),
         point("hnswlib", "single", 100.0, 0.96),
     ]
+    named = {"rows": 1000, "build": {"build_s": 1.0, "memory_mb": 2.0}, "points": points}
     content = {
-        "sets": {"1000": {"points": points}},
+        "sets": {"1000": {"ours": named, "usearch": {"rows": 1000, "error": "no memory"}}},
         "upserts": {"per_second": 2500.0},
         "served": {"start": {"documents": 1000, "seconds": [3.0, 21.0]}},
     }
-    rows = {what: (figure, verdict) for what, figure, _, verdict in index.summary(content)}
-    assert rows["1000 vectors, batch: QPS against the best graph index"] == ("2.5 x", "ok")
-    assert rows["1000 vectors, single: QPS against the best graph index"] == ("0.9 x", "miss")
-    assert rows["1000 vectors, batch: QPS against FAISS IVF-PQ fast-scan"] == ("-", "miss")
+    rows = {what: (figure, verdict) for what, figure, _, verdict in index_summary.goals(content)}
+    assert rows["1,000 vectors, batch: QPS against the best graph index"] == ("2.5 x", "ok")
+    assert rows["1,000 vectors, single: QPS against the best graph index"] == ("0.9 x", "miss")
+    assert rows["1,000 vectors, batch: QPS against FAISS IVF-PQ fast-scan"] == ("-", "miss")
     assert rows["durable upserts a second, batches of 100"] == ("2500", "ok")
     assert rows["start of the service with 1,000 documents"] == ("21 s", "miss")
+    assert rows["through gRPC against in process, batches of 32"] == ("-", "miss")
+    speeds = {row[1]: row for row in index_summary.speeds(content)}
+    assert speeds["ours"] == ("1,000", "ours", "1.0", "2", "500", "90", "-", "-")
+    assert speeds["usearch"][2:4] == ("failed", "-")
+    for row in speeds.values():
+        assert len(row) == len(index_summary.SPEEDS)
 
 
 def test_an_interrupted_run_goes_on_and_another_one_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "PACKAGES", ())
+    monkeypatch.setattr(index.environment, "foreign_load", lambda seconds: 0.0)
     config = index.Config(out=tmp_path / "out.json")
 
     def interrupted():
@@ -111,5 +127,51 @@ def test_an_interrupted_run_goes_on_and_another_one_begins_anew(tmp_path, monkey
     again = index.Results(config, {"sizes": [1]})
     assert again.step(["a", "b"], lambda: 2) == 1
     assert again.step(["a", "c"], lambda: 3) == 3
-    assert json.loads(config.out.read_text())["a"] == {"b": 1, "c": 3}
-    assert "a" not in index.Results(config, {"sizes": [2]}).content
+    kept = json.loads(config.out.read_text())
+    assert kept["a"] == {"b": 1, "c": 3}
+    assert set(kept["pieces"]) == {"a / b", "a / c"}
+    with pytest.raises(SystemExit, match="other settings"):
+        index.Results(config, {"sizes": [2]})
+    fresh = index.Config(out=config.out, fresh=True)
+    assert "a" not in index.Results(fresh, {"sizes": [2]}).content
+
+
+def test_an_interrupted_build_goes_on_where_it_was_saved(data, tmp_path, monkeypatch):
+    pytest.importorskip("hnswlib")
+    rows = np.load(data.vectors)
+    monkeypatch.setattr(contenders, "_AT_ONCE", 1000)
+    monkeypatch.setattr(contender_process, "_SAVE_EVERY_S", 0.0)
+
+    class Interrupted(contenders.Hnswlib):
+        def build(self, vectors, threads, done):
+            if done == 2000:
+                raise KeyboardInterrupt
+            return super().build(vectors, threads, done)
+
+    with pytest.raises(KeyboardInterrupt):
+        contender_process._build(Interrupted(), "hnswlib", rows, tmp_path, 1)
+    begun: list[int] = []
+
+    class GoesOn(contenders.Hnswlib):
+        def build(self, vectors, threads, done):
+            begun.append(done)
+            return super().build(vectors, threads, done)
+
+    index = GoesOn()
+    figures = contender_process._build(index, "hnswlib", rows, tmp_path, 1)
+    assert (begun, figures["rows"]) == ([2000], 3000)
+    index.set(200)
+    index.threads(1)
+    assert (index.search(rows[:3000:500], 1)[:, 0] == np.arange(0, 3000, 500)).all()
+    begun.clear()
+    assert contender_process._build(GoesOn(), "hnswlib", rows, tmp_path, 1) == figures
+    assert begun == []
+
+
+def test_the_served_corpus_is_searched_through_grpc_and_in_process(data, tmp_path):
+    index_corpus.fill(tmp_path, np.load(data.vectors))
+    found = index_corpus.searches(tmp_path, data, tmp_path / "log", seconds=0.01, rounds=1)
+    assert found["searcher"] == "exact" and found["chosen"]["recall"] > 0.999
+    for way in ("grpc", "in_process"):
+        assert [(p["value"], p["k"]) for p in found[way]] == [(0, 10), (0, 100)]
+        assert all(p["batch32_qps"] > 0 and p["single_qps"] > 0 for p in found[way])

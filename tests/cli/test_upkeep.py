@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Tte, document
 from tests.cli.system import System
+from tests.index.conftest import needs_milvus
 from tests.index.documents import make_entry, unit
 from tte_jax.index import CorpusIndex
 
@@ -45,6 +47,39 @@ def test_verify_lists_what_is_wrong_and_exits_with_1(tte: Tte, corpus: Path) -> 
     (problem,) = document(result)["problems"]
     assert file.name in problem and file.name in result.stderr
     assert tte("corpus", "verify", "--no-media").exit_code == 0
+
+
+@needs_milvus
+def test_an_index_is_moved_to_milvus_verified_there_and_moved_back(
+    tte: Tte, corpus: Path, tmp_path: Path
+) -> None:
+    to = f"milvus:{tmp_path / 'm.db'}"
+    made = document(tte("corpus", "migrate", "--to", to, "--json"))
+    assert made == {"source": "scann", "target": to, "documents": 2, "loaded": 2}
+    again = tte("corpus", "migrate", "--to", to)
+    assert again.exit_code == 0 and f"is {to} already" in again.stdout.replace("\n", "")
+    assert tte("corpus", "verify").exit_code == 0
+    with closing(CorpusIndex.open(corpus)) as index:
+        assert [hit.id for hit in index.search(unit(0, 1), 1)] == ["b"]
+        index.vectors._collection.remove(["a"])  # type: ignore[attr-defined]
+    result = tte("corpus", "verify", "--json")
+    assert result.exit_code == 1
+    assert document(result)["problems"] == ["document 'a' is missing from the index"]
+    result = tte("corpus", "migrate", "--to", "scann")
+    assert result.exit_code == 0 and "2 documents" in result.stdout
+    assert tte("corpus", "verify").exit_code == 0
+    with closing(CorpusIndex.open(corpus)) as index:
+        assert index.stats().searcher == "exact"
+        assert [hit.id for hit in index.search(unit(1, 0), 1)] == ["a"]
+
+
+def test_a_move_to_nowhere_is_refused_and_changes_nothing(tte: Tte, corpus: Path) -> None:
+    assert tte("corpus", "migrate", "--to", "faiss").exit_code == 2
+    assert tte("corpus", "migrate", "--to", "milvus:x.db", "--data-dir", "none").exit_code == 3
+    with closing(CorpusIndex.open(corpus)):
+        result = tte("corpus", "migrate", "--to", "milvus:x.db")
+        assert result.exit_code == 1 and "already open for writing" in result.stderr
+    assert tte("corpus", "verify").exit_code == 0
 
 
 def test_a_running_index_verifies_itself(running: Tte, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from tte_jax.corpus.media import LocalMedia, ObjectMedia, open_media
 from tte_jax.errors import DataLossError, PreconditionError, StorageFullError
 
 
-@pytest.fixture(params=["local", "object"])
+@pytest.fixture(params=["local", "fsspec files", "object"])
 def media(request, tmp_path):
     if request.param == "local":
         return open_media(tmp_path / "media")
+    if request.param == "fsspec files":
+        return open_media(f"local://{tmp_path / 'media'}")
     return open_media(f"memory://corpus-{uuid.uuid4().hex}")
 
 
@@ -41,6 +43,16 @@ def test_missing_and_removed(media):
     media.remove(sha256)
     with pytest.raises(DataLossError):
         media.get(sha256)
+
+
+def test_keys_are_those_of_the_content_and_nothing_else(media):
+    assert list(media.keys()) == []
+    kept = {media.put(b"%d" % i) for i in range(3)}
+    assert set(media.keys()) == kept
+    assert media.sweep() == 0
+    for sha256 in kept:
+        media.remove(sha256)
+    assert list(media.keys()) == []
 
 
 def _file(root, sha256):

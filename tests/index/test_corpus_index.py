@@ -106,6 +106,31 @@ def test_media_left_by_a_process_that_died_are_removed_after_the_next_start(tmp_
     again.close()
 
 
+@pytest.mark.parametrize("scheme", ["memory", "local"])
+def test_media_on_an_object_store_live_as_long_as_a_document_names_them(tmp_path, scheme):
+    uri = f"{scheme}://{tmp_path / 'objects'}"
+    index = CorpusIndex.open(tmp_path / "corpus", media_uri=uri)
+    index.upsert([make_entry(id, unit(1, 0), image=b"of " + id.encode()) for id in "abc"])
+    index.upsert([make_entry("a", unit(1, 0), image=b"new")])
+    index.delete(["b"])
+    named = {Media(data).sha256 for data in (b"new", b"of c")}
+    assert set(index.media.keys()) == named
+    index.media.put(b"never named")
+    index.close()
+    # Listing an object store costs money: it is done when it is asked for.
+    index = CorpusIndex.open(tmp_path / "corpus")
+    index.maintenance.join(30)
+    assert len(set(index.media.keys())) == 3
+    assert index.collect_garbage() == 1
+    assert set(index.media.keys()) == named
+    assert index.get(["a"])[0].content.media[0].data == b"new"
+    assert index.verify() == []
+    index.media.remove(Media(b"of c").sha256)
+    (problem,) = index.verify()
+    assert Media(b"of c").sha256 in problem and "missing" in problem
+    index.close()
+
+
 def test_media_of_writes_that_are_under_way_are_not_garbage(index, tmp_path, monkeypatch):
     collecting = threading.Event()
     put = index.media.put

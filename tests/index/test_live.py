@@ -235,7 +235,7 @@ def test_queries_that_a_searcher_answers_badly_make_it_drift_and_the_next_one_is
     rows = Rows([f"d{i:03d}" for i in range(600)], vectors, np.arange(1, 601), [{}] * 600)
     live = LiveIndex(rows, sequence=600, config=IndexConfig(exact_below=1, check_every=8))
     monkeypatch.setattr("tte_jax.index.scann_searcher.ScannSearcher", lambda v, **k: Nearsighted(v))
-    monkeypatch.setattr("tte_jax.index.recall._canaries", lambda v, count: v[:16])
+    monkeypatch.setattr("tte_jax.index.recall.canary_queries", lambda v, count: v[:16])
     assert live.rebuild().kind == "nearsighted"
     assert not live.needs_recall_check()
     for i in range(300, 310):

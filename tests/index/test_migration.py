@@ -17,7 +17,7 @@ from tests.index.conftest import needs_milvus
 from tests.index.documents import make_entry, random_units
 from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError, UnavailableError
-from tte_jax.index import CorpusIndex, location, milvus_collection, milvus_index
+from tte_jax.index import CorpusIndex, location, milvus_collection, milvus_contents
 from tte_jax.index.migration import migrate
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_there_and_back(corpus, tmp_path):
     assert ask(corpus) == ("exact", before)
     with closing(CorpusStore.open(corpus)) as store:
         milvus = milvus_collection.Milvus(location.parse(to))
-        assert not milvus.has(milvus_index.collection_name(store, 1))
+        assert not milvus.has(milvus_contents.collection_name(store, 1))
         milvus.close()
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import pickle
+from contextlib import closing
+
 import numpy as np
 import pytest
 
-from tests.index.documents import clustered_units, random_units
+from tests.index.documents import clustered_units, make_entry, random_units
 from tte_jax.corpus.records import Removed, Stored
 from tte_jax.filters import Equals
-from tte_jax.index import exact
+from tte_jax.index import CorpusIndex, exact
 from tte_jax.index.generation import Rows
 from tte_jax.index.live import IndexConfig, LiveIndex
 from tte_jax.index.recall import check_recall
@@ -210,3 +213,72 @@ def test_a_batch_finds_what_brute_force_finds():
     for query, some in zip(wide, found, strict=True):
         for hit in some:
             assert hit.cosine == np.float32((vectors[int(hit.id)] * query).sum())
+
+
+class Poison:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (type(self.trace).touch, (self.trace,))
+
+
+def test_nothing_of_scann_s_own_is_written_or_read(tmp_path):
+    """Its loader unpickles `scann_docids.pkl`: whoever can put a file there runs code."""
+    trace = tmp_path / "trace"
+    corpus = tmp_path / "corpus"
+    config = IndexConfig(exact_below=1)
+    vectors = clustered_units(np.random.default_rng(10), 400, 16)
+    with closing(CorpusIndex.open(corpus, config=config)) as index:
+        index.upsert([make_entry(f"d{i:03d}", vectors[i]) for i in range(400)])
+        assert index.rebuild().kind == "scann-ah"
+        index.snapshot()
+    written = {path.suffix for path in corpus.rglob("*") if path.is_file()}
+    assert written <= {".sqlite3", ".npy", ".json", ".lock", ".sqlite3-wal", ".sqlite3-shm"}
+    for folder in (corpus, corpus / "snapshots", *(corpus / "snapshots").iterdir()):
+        for name in ("scann_docids.pkl", "scann_config.pb", "scann_assets.pbtxt"):
+            (folder / name).write_bytes(pickle.dumps(Poison(trace)))
+    with closing(CorpusIndex.open(corpus, config=config)) as index:
+        index.maintenance.join(60)
+        assert index.stats().searcher == "scann-ah"
+        assert index.search(vectors[7], 1)[0].id == "d007"
+        assert index.verify() == []
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Poison(trace)))
+    assert trace.exists(), "the poison works"
+
+
+def test_a_delete_with_an_unknown_id_shifts_no_ids(tmp_path):
+    """ScaNN's own `delete` raises after it has changed its id map: ids are wrong for ever."""
+    vectors = clustered_units(np.random.default_rng(11), 400, 16)
+    with closing(CorpusIndex.open(tmp_path, config=IndexConfig(exact_below=1))) as index:
+        index.upsert([make_entry(f"d{i:03d}", vectors[i]) for i in range(400)])
+        assert index.rebuild().kind == "scann-ah"
+        deleted, unknown = index.delete(["d100", "nobody", "d200", "d100"])
+        assert (deleted, unknown) == (["d100", "d200"], ["nobody"])
+        index.upsert([make_entry("d100", vectors[200])])
+        for rebuilt in (False, True):
+            assert index.stats().documents == 399
+            for i in range(0, 400, 3):
+                if i not in (100, 200):
+                    assert index.search(vectors[i], 1)[0].id == f"d{i:03d}"
+            assert index.search(vectors[200], 1)[0].id == "d100"
+            assert index.verify() == []
+            if not rebuilt:
+                index.rebuild()
+
+
+def test_a_leaf_with_too_few_rows_is_not_filled_up_with_row_0():
+    """ScaNN fills up what it does not find with row 0, at a distance of NaN."""
+    vectors = clustered_units(np.random.default_rng(12), 600, 16)
+    searcher = ScannSearcher(vectors, tree=True)
+    assert searcher.effort.leaves == 1
+    rows, scores = searcher.propose(vectors[300:340], 500)
+    missing = rows < 0
+    assert missing.any()
+    assert (scores[missing] == -np.inf).all() and np.isfinite(scores[~missing]).all()
+    for some in rows:
+        found = some[some >= 0]
+        assert len(set(found.tolist())) == len(found) < 500

@@ -264,7 +264,7 @@ async def test_searches_beside_writes_over_the_wire(stub):
 
 
 @contextlib.contextmanager
-def process(data_dir: Path):
+def process(data_dir: Path, *more: str):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     program = (
@@ -276,6 +276,7 @@ def process(data_dir: Path):
         "sys.exit(runtime.run(settings, index.create))\n"
     )
     flags = [f"--port={port}", f"--data-dir={data_dir}", f"--parent-pid={os.getpid()}"]
+    flags += more
     server = subprocess.Popen(
         [sys.executable, "-c", program, *flags],
         cwd=ROOT,

@@ -621,7 +621,8 @@ class StatsResponse(_message.Message):
     """Deleted or replaced rows that the generation still holds and searches skip."""
     recall: _builtins.float
     """Recall of this generation against exact search on the canary queries, the lower of those at 10
-    and at 50, in [0, 1]; 1 for exact search.
+    and at 50, in [0, 1]; 1 for exact search. 0 = not measured yet: a new Milvus collection is
+    measured beside serving.
     """
     rebuilding: _builtins.bool
     """A new generation is being built."""
@@ -634,7 +635,7 @@ class StatsResponse(_message.Message):
     query_recall: _builtins.float
     """Recall of this generation against exact search on real queries, with the k and the filter that
     they came with, in [0, 1]; 1 for exact search. Measured again from time to time; when it falls
-    below the target, the index is rebuilt.
+    below the target, the index is rebuilt. Milvus's is not measured (0) unless it is exact.
     """
     checked_queries: _builtins.int
     """How many queries `query_recall` was measured on; 0 = not measured yet."""

@@ -71,7 +71,7 @@ def verify(
     address = state.running_addresses(folder).get("index", "")
     if source is not None:
         backups.check_manifest(source.absolute())
-        where, problems = source, problems_at_rest(source.absolute(), media=media)
+        where, problems = source, problems_at_rest(source.absolute(), media=media, backup=True)
     elif address:
         problems, _ = connection.ask(
             "index", address, lambda index: index.verify(media=media, timeout_s=timeout)

@@ -28,6 +28,8 @@ from tte_jax.errors import DataLossError, NotFoundError, PreconditionError
 FORMAT = 1
 MANIFEST = "manifest.json"
 _ATTEMPTS = 10
+# What the database remembers of things outside it.
+_LIVE = ("media_uri", "snapshots", "milvus", "milvus_recall", "migration")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def restore(source: Path, corpus: Path) -> Backup:
                     f"{min(lost)}. Use another backup.",
                     reason="MEDIA_MISSING",
                 )
-        CorpusStore.open(folder).close()  # migrates, and refuses what is no corpus
+        with closing(CorpusStore.open(folder)) as store:  # migrates, and refuses what is no corpus
+            # A corpus of its own: beside the first one it must not write into the same collections.
+            store.set_value("corpus_id", uuid.uuid4().hex)
         (folder / LOCK).unlink()
     return made
 
@@ -182,8 +186,9 @@ def _describe(folder: Path, media_uri: str) -> Backup:
     path = folder / DATABASE
     with translated(path):
         with closing(sqlite3.connect(path, isolation_level=None)) as db:
-            # Copied media lie beside the database wherever the corpus had them.
-            db.execute("DELETE FROM corpus WHERE key IN ('media_uri', 'snapshots')")
+            # Copied media lie beside the database wherever the corpus had them, and an index that
+            # goes on being written is not that of this moment.
+            db.execute(f"DELETE FROM corpus WHERE key IN ({','.join('?' * len(_LIVE))})", _LIVE)
             if media_uri:
                 db.execute("INSERT INTO corpus VALUES ('media_uri', ?)", (media_uri,))
         fsync_file(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import random
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from tte_jax.corpus.records import (
     Removed,
     Stored,
     StoredDocument,
+    decode_all_metadata,
     decode_metadata,
     decode_parts,
     decode_vector,
@@ -49,6 +51,7 @@ DATABASE = "corpus.sqlite3"
 MEDIA = "media"
 LOCK = "corpus.lock"
 _SNAPSHOTS = "snapshots"
+_PAGE = 1000
 
 
 class CorpusStore:
@@ -129,6 +132,10 @@ class CorpusStore:
           StorageFullError: no disk space; nothing was stored.
         """
         validate(entries)
+        return self.upsert_valid(entries)
+
+    def upsert_valid(self, entries: Sequence[IndexEntry]) -> list[int]:
+        """`upsert` of what has passed `records.validate`."""
         with self.transaction() as db:
             rows.admit(db, entries)
             sequence = rows.number(db, "sequence")
@@ -276,9 +283,14 @@ class CorpusStore:
 
     def metadata(self) -> dict[str, tuple[int, Metadata]]:
         """(sequence, metadata) of every document."""
+        found: dict[str, tuple[int, Metadata]] = {}
         with self.reader() as db:
             every = db.execute("SELECT id, sequence, metadata FROM documents")
-            return {id: (sequence, decode_metadata(raw)) for id, sequence, raw in every}
+            while page := every.fetchmany(_PAGE):
+                ids, sequences, raw = zip(*page, strict=True)
+                values = zip(sequences, decode_all_metadata(raw), strict=True)
+                found.update(zip(ids, values, strict=True))
+        return found
 
     def changes_since(self, sequence: int) -> Iterator[Change]:
         """Live documents written after `sequence` and deletions after it, in order."""
@@ -311,6 +323,20 @@ class CorpusStore:
         )
         with self.reader() as db:
             return [_stored(row) for row in db.execute(query, (after, limit))]
+
+    def sample(self, count: int) -> list[Stored]:
+        """At most `count` different documents, drawn by random sequence numbers."""
+        query = (
+            "SELECT sequence, id, dimension, vector, metadata FROM documents WHERE sequence >= ? "
+            "ORDER BY sequence LIMIT 1"
+        )
+        found: dict[int, Stored] = {}
+        with self.reader() as db:
+            last = rows.number(db, "sequence")
+            for start in random.sample(range(1, last + 1), min(count, last)):
+                for row in db.execute(query, (start,)):
+                    found[row[0]] = _stored(row)
+        return list(found.values())
 
     def metadata_of(self, ids: Sequence[str]) -> dict[str, Metadata]:
         """The metadata of the ids that exist."""

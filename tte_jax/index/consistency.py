@@ -13,8 +13,10 @@ from tte_jax.corpus.checks import database_problems, media_problems
 from tte_jax.corpus.media import MediaStore
 from tte_jax.corpus.records import Removed
 from tte_jax.corpus.store import CorpusStore
-from tte_jax.errors import DataLossError
+from tte_jax.errors import DataLossError, UnavailableError
+from tte_jax.index import location
 from tte_jax.index.generation import Rows
+from tte_jax.index.milvus_contents import differences_at_rest
 from tte_jax.index.recovery import SNAPSHOTS, recover
 
 
@@ -60,18 +62,30 @@ def differences(store: CorpusStore, rows: Rows) -> list[str]:
     return found + [f"index: {id!r} is not in the database" for id in indexed]
 
 
-def problems_at_rest(path: Path, *, media: bool = True) -> list[str]:
-    """What is wrong with a corpus that nobody serves: database, media, and what the next start
-    would make of its snapshots.
+def problems_at_rest(path: Path, *, media: bool = True, backup: bool = False) -> list[str]:
+    """What is wrong with a corpus that nobody serves: database, media, and its index: what the
+    next start would make of its snapshots, or its Milvus collection.
+
+    Args:
+      media: also read every media file.
+      backup: it is a backup, which no Milvus collection belongs to.
 
     Raises:
       NotFoundError: there is no corpus.
-      PreconditionError: another version of this program made it.
+      PreconditionError: another version of this program made it, or the index's extra is not
+        installed.
     """
     with closing(CorpusStore.open(path, read_only=True)) as store:
+        files = media_of(store) if media else None
+        milvus = location.parse(location.remembered(store))
+        if milvus is not None and not backup:
+            try:
+                return problems(store, lambda: differences_at_rest(store, milvus), files)
+            except UnavailableError as exc:
+                return [*problems(store, list, files), f"the index was not compared: {exc.message}"]
         try:
             rows, _ = recover(store, path / SNAPSHOTS)
         except DataLossError as exc:
             # The index cannot even be made; what the database says of itself says more.
             return list(dict.fromkeys([*database_problems(store), exc.message]))
-        return problems(store, lambda: differences(store, rows), media_of(store) if media else None)
+        return problems(store, lambda: differences(store, rows), files)

@@ -137,7 +137,7 @@ class CorpusIndex:
             try:
                 for media in (m for e in entries for m in e.document.content.media):
                     self.media.put(media.data)
-                sequences = self.store.upsert(entries)
+                sequences = self.store.upsert_valid(entries)
             except BaseException:
                 self._drop_media(hashes)
                 raise

@@ -187,7 +187,7 @@ class LiveIndex:
         view, config = self._view, self.config
         built = len(view.alive)
         waiting = len(view.delta_alive)
-        dead = built - int(view.alive.sum())
+        dead = built - view.alive_count
         limit = max(config.delta_rows, config.delta_share * built)
         due = view.generation.number == 1 and built >= config.exact_below
         return due or self._drifted or waiting > limit or dead > limit
@@ -283,7 +283,8 @@ class LiveIndex:
         delta = view.delta
         alive = view.alive.copy()
         alive_count = view.alive_count
-        delta_alive = view.delta_alive.tolist()
+        filled = len(view.delta_alive)
+        delta_alive = np.concatenate([view.delta_alive, np.zeros(len(changes), dtype=bool)])
         for change in changes:
             row = self._where.pop(change.id, None)
             if row is not None and row >= 0:
@@ -296,9 +297,10 @@ class LiveIndex:
             if delta.vectors.shape[1] != len(change.vector):
                 # Only an empty corpus may change its dimension, so every row here is dead.
                 delta = Delta(len(change.vector))
-                delta_alive = []
+                delta_alive[:] = False
             new = delta.append(change.id, change.vector, change.metadata, change.sequence)
-            delta_alive.append(True)
+            delta_alive[new] = True
+            filled = new + 1
             self._where[change.id] = ~new
         return replace(
             view,
@@ -306,7 +308,7 @@ class LiveIndex:
             alive_count=alive_count,
             delta=delta,
             delta_vectors=delta.vectors,
-            delta_alive=np.array(delta_alive, dtype=bool),
+            delta_alive=delta_alive[:filled],
             sequence=max(view.sequence, changes[-1].sequence),
             live=len(self._where),
         )

@@ -17,10 +17,10 @@ from itertools import islice
 
 from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import DataLossError, TteError
-from tte_jax.index import consistency, location, milvus_index, snapshots
+from tte_jax.index import consistency, location, milvus_contents, snapshots
 from tte_jax.index.location import SCANN, MilvusLocation
 from tte_jax.index.milvus_collection import Milvus
-from tte_jax.index.milvus_index import Marker
+from tte_jax.index.milvus_contents import Marker
 from tte_jax.index.recovery import SNAPSHOTS, recover
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def migrate(
     if text == source:
         return Migrated(source, text, store.count(), 0)
     old = location.parse(source)
-    marker = milvus_index.read_marker(store, old) if old else None
+    marker = milvus_contents.read_marker(store, old) if old else None
     if target is None:
         loaded = _to_scann(store)
     else:
@@ -117,7 +117,7 @@ def _to_milvus(
             and state["since"] >= store.horizon
             and milvus.has(state["collection"])
         ):
-            name = milvus_index.collection_name(store, 1)
+            name = milvus_contents.collection_name(store, 1)
             if milvus.has(name):  # left over from an earlier stay there
                 milvus.drop(name)
             state = {
@@ -132,22 +132,22 @@ def _to_milvus(
         store.set_value(_PROGRESS, json.dumps(state))
         total, loaded = store.count(), 0
         while page := store.page(state["after"], batch):
-            milvus_index.write(collection, page)
+            milvus_contents.write(collection, page)
             collection.flush()
             loaded += len(page)
             state |= {"after": page[-1].id, "done": state["done"] + len(page)}
             store.set_value(_PROGRESS, json.dumps(state))
             progress(state["done"], total)
         # What was written or deleted since the migration began, by whoever served in between.
-        milvus_index.write(collection, list(store.changes_since(state["since"])))
+        milvus_contents.write(collection, list(store.changes_since(state["since"])))
         collection.flush()
-        if problems := list(islice(milvus_index.differences(store, collection), 1000)):
+        if problems := list(islice(milvus_contents.differences(store, collection), 1000)):
             store.set_value(_PROGRESS, "")  # the next run begins anew
             raise _not_what_it_should_be(problems)
         marker = Marker(
             collection.name, profile.dimension, profile.embedder_version, store.sequence
         )
-        milvus_index.write_marker(store, target, marker)
+        milvus_contents.write_marker(store, target, marker)
         return loaded
     finally:
         milvus.close()

@@ -65,6 +65,11 @@ class Milvus:
     def index_type(self) -> str:
         return "FLAT" if "lite" in self.version else "SCANN"
 
+    @property
+    def exact(self) -> bool:
+        """Whether its searches find everything."""
+        return self.index_type == "FLAT"
+
     @contextmanager
     def translated(self, what: str) -> Iterator[None]:
         """Milvus's own errors as `UnavailableError`, which say what was tried and where."""

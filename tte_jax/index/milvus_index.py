@@ -7,48 +7,46 @@ replayed, searches are refused rather than answered without it.
 
 Milvus proposes, and proposals are scored exactly here, from the vectors that come with them; so
 scores and their ties are those of `ScannIndex`. Two differences remain: a search at the moment of
-a write may see a part of its batch, and recall is Milvus's own (`milvus-flat`, which milvus-lite
-gets, is exact).
+a write may see a part of its batch, and recall is Milvus's own: it is measured and reported, but
+nothing is done about it (`milvus-flat`, which milvus-lite gets, is exact).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
-from tte_jax.corpus.records import Change, Removed, Stored
+from tte_jax.corpus.records import Change, Stored
 from tte_jax.corpus.staging import Staging
 from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import PreconditionError, TteError, UnavailableError
 from tte_jax.filters import Filter
-from tte_jax.index import exact, milvus_fields
+from tte_jax.index import exact, milvus_fields, milvus_recall
 from tte_jax.index.live import check_dimension
 from tte_jax.index.location import MilvusLocation
 from tte_jax.index.maintenance import Job
-from tte_jax.index.milvus_collection import Collection, Milvus, batches
+from tte_jax.index.milvus_collection import Collection, Milvus
+from tte_jax.index.milvus_contents import (
+    PAGE,
+    Marker,
+    can_go_on,
+    collection_name,
+    differences,
+    load,
+    pages,
+    read_marker,
+    write,
+    write_marker,
+)
 from tte_jax.index.reports import Found, IndexState, RebuildReport, SnapshotReport
 from tte_jax.index.scann_index import check_embedder
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-_MARKER = "milvus"
-_PAGE = 500
-
-
-class Marker(NamedTuple):
-    """What the database remembers: the collection that serves, and what is in it for certain."""
-
-    collection: str
-    dimension: int
-    embedder_version: str
-    sequence: int
 
 
 class Prepared(NamedTuple):
@@ -85,6 +83,7 @@ class MilvusIndex:
         self._generation = 0
         self._sequence = 0
         self._marked = 0
+        self._measured: milvus_recall.Measured | None = None
         # Whether the collection may lack acknowledged writes.
         self._behind = True
         self._catch_up()
@@ -174,8 +173,8 @@ class MilvusIndex:
             delta_rows=0,
             dead_rows=0,
             rebuilding=self._rebuild_lock.locked(),
-            canary_recall=1.0,
-            query_recall=1.0,
+            canary_recall=self._recall(),
+            query_recall=1.0 if self._milvus.exact else 0.0,
             checked_queries=0,
             snapshot_sequence=self._marked,
             bytes=0,
@@ -196,6 +195,7 @@ class MilvusIndex:
         try:
             began = time.monotonic()
             profile = self._store.profile
+            recall = 1.0
             if profile is not None:
                 since = self._store.sequence
                 fresh = self._new_collection(profile.dimension)
@@ -203,15 +203,26 @@ class MilvusIndex:
                 with self._lock:
                     write(fresh, list(self._store.changes_since(since)))
                     self._serve(fresh, self._store.sequence, profile.embedder_version)
+                if not self._milvus.exact:
+                    recall = self.measure_recall()
             return RebuildReport(
                 self._generation,
                 self.state().searcher,
                 self._store.count(),
-                1.0,
+                recall,
                 time.monotonic() - began,
             )
         finally:
             self._rebuild_lock.release()
+
+    def measure_recall(self) -> float:
+        """Measure the serving collection's recall and remember it, see `milvus_recall.measure`."""
+        collection = self._collection
+        if collection is None:
+            return 1.0
+        self._measured = milvus_recall.measure(self._store, collection)
+        milvus_recall.remember(self._store, self._measured)
+        return self._measured.recall
 
     def snapshot(self) -> SnapshotReport:
         """Flush, and remember that the collection holds everything up to now."""
@@ -229,7 +240,7 @@ class MilvusIndex:
         """The staged vectors in a collection of their own."""
         collection: Collection | None = None
         sequences: dict[str, int] = {}
-        for page in _pages(Staging(self._store).vectors(), _PAGE):
+        for page in pages(Staging(self._store).vectors(), PAGE):
             if collection is None:
                 collection = self._new_collection(len(page[0].vector))
             now = {one.id: one.metadata for one in self._store.entries_of([s.id for s in page])}
@@ -257,7 +268,7 @@ class MilvusIndex:
                 changed = [
                     id for id, (before, _) in promoted.items() if sequences.get(id) != before
                 ]
-                for page in _pages(changed, _PAGE):
+                for page in pages(changed, PAGE):
                     write(collection, self._store.entries_of(page))
                 self._serve(collection, self._store.sequence, embedder_version)
                 self._behind = False
@@ -270,6 +281,7 @@ class MilvusIndex:
         return (
             Job("catch up", lambda: self._behind, self._catch_up),
             Job("snapshot", due, self.snapshot),
+            Job("recall", self._recall_due, self.measure_recall),
         )
 
     @property
@@ -293,6 +305,21 @@ class MilvusIndex:
             log.warning("the next start replays more than it had to: %s", error.message)
         finally:
             self._milvus.close()
+
+    def _recall(self) -> float:
+        """1 for exact search, 0 while this collection has not been measured."""
+        collection, measured = self._collection, self._measured
+        if collection is None or self._milvus.exact:
+            return 1.0
+        return measured.recall if measured and measured.collection == collection.name else 0.0
+
+    def _recall_due(self) -> bool:
+        collection = self._collection
+        if collection is None or self._behind or self._milvus.exact:
+            return False
+        if self._measured is None or self._measured.collection != collection.name:
+            self._measured = milvus_recall.remembered(self._store, collection.name)
+        return self._measured is None or self._measured.outgrown(self._sequence)
 
     def _write(self, changes: Sequence[Change]) -> None:
         last = {change.id: change for change in changes}
@@ -321,16 +348,10 @@ class MilvusIndex:
                 self._sequence = self._marked = sequence
                 self._behind = False
                 return
-            usable = (
-                marker is not None
-                and marker.dimension == profile.dimension
-                and marker.embedder_version == profile.embedder_version
-                and marker.sequence >= self._store.horizon
-                and self._milvus.has(marker.collection)
-            )
+            usable = marker is not None and can_go_on(self._store, marker, profile, self._milvus)
             if marker is not None and usable:
                 collection = self._milvus.collection(marker.collection, marker.dimension)
-                for page in _pages(self._store.changes_since(marker.sequence), _PAGE):
+                for page in pages(self._store.changes_since(marker.sequence), PAGE):
                     write(collection, page)
                 if collection.count() == self._store.count():
                     self._collection, self._marked = collection, marker.sequence
@@ -382,68 +403,5 @@ class MilvusIndex:
         self._marked = sequence
 
 
-def collection_name(store: CorpusStore, number: int) -> str:
-    return f"tte_{store.corpus_id}_{number}"
-
-
 def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
-
-
-def read_marker(store: CorpusStore, location: MilvusLocation) -> Marker | None:
-    """What the database remembers of this Milvus; `None` when it is nothing."""
-    kept = json.loads(store.value(_MARKER) or "{}")
-    if kept.pop("location", "") != location.text:
-        return None
-    return Marker(**kept)
-
-
-def write_marker(store: CorpusStore, location: MilvusLocation, marker: Marker) -> None:
-    store.set_value(_MARKER, json.dumps({"location": location.text} | marker._asdict()))
-
-
-def write(collection: Collection, changes: Sequence[Change]) -> None:
-    """Brings a collection to the last state that `changes` have of each document."""
-    last = {change.id: change for change in changes}
-    collection.remove([id for id, change in last.items() if isinstance(change, Removed)])
-    fresh = [change for change in last.values() if isinstance(change, Stored)]
-    for page in _pages(fresh, batches(collection.dimension)):
-        collection.put(page)
-
-
-def load(store: CorpusStore, collection: Collection, after: str = "") -> None:
-    """Writes every document of greater id than `after`, in order of id."""
-    while page := store.page(after, _PAGE):
-        write(collection, page)
-        after = page[-1].id
-
-
-def differences(store: CorpusStore, collection: Collection) -> Iterable[str]:
-    """What differs between the database and a collection, one sentence each."""
-    after = ""
-    while page := store.page(after, _PAGE):
-        after = page[-1].id
-        there = collection.get([document.id for document in page])
-        for document in page:
-            found = there.get(document.id)
-            if found is None:
-                yield f"document {document.id!r} is missing from the index"
-            elif not np.array_equal(found[0], document.vector):
-                yield f"document {document.id!r} has another vector in the index"
-            elif found[1] != milvus_fields.encode(document.metadata):
-                yield f"document {document.id!r} has other metadata in the index"
-    if collection.count() != store.count():
-        for page in _pages(collection.ids(), _PAGE):
-            known = store.metadata_of(page)
-            yield from (f"index: {id!r} is not in the database" for id in page if id not in known)
-
-
-def _pages(items: Iterable[T], size: int) -> Iterable[list[T]]:
-    page: list[T] = []
-    for item in items:
-        page.append(item)
-        if len(page) == size:
-            yield page
-            page = []
-    if page:
-        yield page

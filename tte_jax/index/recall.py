@@ -107,8 +107,8 @@ def check_recall(
     """Recall of `searcher` against exact search: the lowest of recall@10 and recall@50 on canaries
     and of the recall on real queries.
 
-    Half of the canaries are rows, half are rows with noise of equal length added: queries (a text
-    looking for an image, say) lie off the documents, where a tree misses more. Below `floor` the
+    Half of the canaries are rows, half lie off the documents, as queries do (a text looking for an
+    image, say), where a tree misses more. Below `floor` the
     searcher is made to search harder, step by step, while it can.
 
     Args:
@@ -117,7 +117,7 @@ def check_recall(
       floor: the recall to reach.
       asked: real queries, each with the k it was asked with; filters play no part here.
     """
-    invented = _canaries(vectors, canaries)
+    invented = canary_queries(vectors, canaries)
     sets: list[_Checked] = []
     for some in ([*asked], *([Asked(query, k) for query in invented] for k in CANARY_KS)):
         if some:
@@ -151,7 +151,8 @@ def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked) -> float:
     return hits / int(some.ks.sum())
 
 
-def _canaries(vectors: np.ndarray, count: int) -> np.ndarray:
+def canary_queries(vectors: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows of [N, D], every second one with noise of its own length."""
     rng = np.random.default_rng(0)
     sample = rng.choice(len(vectors), size=min(count, len(vectors)), replace=False)
     queries = vectors[sample].astype(np.float64)

@@ -51,30 +51,28 @@ def _replay(
         fresh.pop(change.id, None)
         if not isinstance(change, Removed):
             fresh[change.id] = change
-    kept = [i for i, id in enumerate(base.ids) if id in alive]
-    ids = [base.ids[i] for i in kept] + list(fresh)
+    if len(alive) < len(base):
+        kept = [i for i, id in enumerate(base.ids) if id in alive]
+        ids = [base.ids[i] for i in kept]
+        base = Rows(ids, base.vectors[kept], base.sequences[kept], [])
+    ids, vectors, sequences = base.ids + list(fresh), base.vectors, base.sequences
     if not ids:
         return Rows.empty()
-    parts = [base.vectors[kept]] if kept else []
     if fresh:
-        parts.append(np.stack([change.vector for change in fresh.values()]))
-    if len({part.shape[1] for part in parts}) > 1:
-        # Cannot come from one corpus; `_agrees` refuses it.
-        return Rows.empty()
-    return Rows(
-        ids=ids,
-        vectors=np.concatenate(parts),
-        sequences=np.concatenate(
-            [base.sequences[kept], np.array([c.sequence for c in fresh.values()], np.int64)]
-        ),
-        metadata=[metadata[id][1] if id in metadata else {} for id in ids],
-    )
+        vectors = np.stack([change.vector for change in fresh.values()])
+        if len(base):
+            if vectors.shape[1] != base.vectors.shape[1]:
+                # Cannot come from one corpus; `_agrees` refuses it.
+                return Rows.empty()
+            vectors = np.concatenate([base.vectors, vectors])
+        numbers = np.array([change.sequence for change in fresh.values()], np.int64)
+        sequences = np.concatenate([sequences, numbers])
+    nothing = (0, {})
+    return Rows(ids, vectors, sequences, [metadata.get(id, nothing)[1] for id in ids])
 
 
 def _agrees(rows: Rows, metadata: dict[str, tuple[int, Metadata]]) -> bool:
     if len(rows) != len(metadata):
         return False
-    return all(
-        id in metadata and metadata[id][0] == sequence
-        for id, sequence in zip(rows.ids, rows.sequences.tolist(), strict=True)
-    )
+    nothing = (0, {})
+    return [metadata.get(id, nothing)[0] for id in rows.ids] == rows.sequences.tolist()

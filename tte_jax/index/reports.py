@@ -9,8 +9,7 @@ from tte_jax.content import Document, Metadata
 from tte_jax.stages import StoredVersions
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A neighbour: id, cosine (float32 precision), metadata of the row that matched."""
 
     id: str
@@ -30,9 +29,10 @@ class IndexState:
       delta_rows: live rows written since the generation was built (searched exactly).
       dead_rows: rows deleted or replaced that a rebuild will drop.
       rebuilding: whether a rebuild runs.
-      canary_recall: recall@10 or @50, the lower, of the serving searcher on its canary sample.
+      canary_recall: recall@10 or @50, the lower, of the serving searcher on its canary sample; 1
+        for exact search, 0 = not measured yet (a new Milvus collection).
       query_recall: recall of the serving searcher on real queries, with their k and filters; 1 for
-        exact search.
+        exact search. Milvus's is not measured: 0, unless it is exact.
       checked_queries: how many real queries that was measured on; 0 = not measured yet.
       snapshot_sequence: sequence of the newest snapshot, 0 = none.
       bytes: bytes of files that are the index's own.

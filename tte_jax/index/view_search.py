@@ -3,8 +3,12 @@ ranked as one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 
+from tte_jax.content import Metadata
 from tte_jax.filters import Filter
 from tte_jax.index import exact
 from tte_jax.index.generation import View
@@ -39,18 +43,8 @@ def search(
         # Beyond the generation's rows stand those of the delta.
         of = np.concatenate([of, of_new])
         places = np.concatenate([built, len(rows) + new])
-        order = np.argsort(of, kind="stable")
-        of, places, scores = of[order], places[order], scores[order]
         ids, metadata = _Joined(rows.ids, delta.ids), _Joined(rows.metadata, delta.metadata)
-    ends = np.searchsorted(of, np.arange(len(queries)), "right").tolist()
-    out: list[list[Found]] = []
-    start = 0
-    for end in ends:
-        mine = places[start:end].tolist()
-        ranked = exact.rank(scores[start:end], lambda i, mine=mine: ids[mine[i]], k)
-        out.append([Found(id, cosine, metadata[mine[i]]) for i, id, cosine in ranked])
-        start = end
-    return out
+    return _ranked(of, places, scores, len(queries), k, ids, metadata)
 
 
 def survivors(view: View, filter: Filter | None) -> np.ndarray:
@@ -101,6 +95,48 @@ def candidates(
     of_all = np.concatenate([of, short[of_more]])
     order = np.argsort(of_all, kind="stable")
     return of_all[order], np.concatenate([rows[of, columns], more])[order]
+
+
+def _ranked(
+    of: np.ndarray,
+    places: np.ndarray,
+    scores: np.ndarray,
+    queries: int,
+    k: int,
+    ids: Sequence[str] | _Joined,
+    metadata: Sequence[Metadata] | _Joined,
+) -> list[list[Found]]:
+    """The k best of each query by falling score, ties by rising id.
+
+    Args:
+      of, places, scores: [P] query, place in `ids` and `metadata`, and score of each candidate.
+    """
+    order = np.lexsort((-scores, of))
+    of, places, scores = of[order], places[order], scores[order]
+    borders = np.searchsorted(of, np.arange(queries + 1))
+    position = np.arange(len(of)) - borders[of]
+    best = position < k
+    kept = places[best].tolist()
+    found = list(
+        map(
+            Found._make,
+            zip(
+                map(ids.__getitem__, kept),
+                scores[best].tolist(),
+                map(metadata.__getitem__, kept),
+                strict=True,
+            ),
+        )
+    )
+    ends = np.minimum(np.diff(borders), k).cumsum().tolist()
+    out = [found[start:end] for start, end in pairwise([0, *ends])]
+    equal = (scores[1:] == scores[:-1]) & (of[1:] == of[:-1]) & best[:-1]
+    for query in np.unique(of[1:][equal]).tolist() if equal.any() else ():
+        start, end = borders[query], borders[query + 1]
+        mine = places[start:end].tolist()
+        ranked = exact.rank(scores[start:end], lambda i, mine=mine: ids[mine[i]], k)
+        out[query] = [Found(id, cosine, metadata[mine[i]]) for i, id, cosine in ranked]
+    return out
 
 
 class _Joined:
