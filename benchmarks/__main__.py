@@ -21,7 +21,7 @@ BENCHMARKS = {
 # These need the training data set, which only a trainer's machine has, or PyTorch, which only a
 # developer's has; so they are not run from here.
 ELSEWHERE = {
-    "training.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
+    "training.builtin.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
     "benchmarks.training": "steps of contrastive training against a PyTorch loop (needs torch)",
 }
 

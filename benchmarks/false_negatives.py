@@ -25,13 +25,13 @@ from PIL import Image
 
 from benchmarks import environment
 from training import loop
+from training.builtin.images import turned
 from training.data import emoji
 from training.data.ecrs import PLAIN, Ecr, EcrStore, WithEcrs, ecr_key
 from training.data.emoji_examples import EmojiSource, png
 from training.data.examples import Document, Example
 from training.data.mixture import Mixture, Weighted
 from training.data.rows import ExampleSource, document
-from training.images import turned
 from training.mining import candidates, injection
 from training.mining.records import RERANKER, Rules
 from training.mining.rounds import Round, sealed

@@ -15,7 +15,7 @@ from tte_jax.builtin.models import NAMES, WEIGHTS_DIR
 def models(weights: Path = WEIGHTS_DIR) -> str:
     """Family, shape, parameters and size of each; a line of text where there are no weights."""
     if not all((weights / name / "model.safetensors").is_file() for name in NAMES):
-        return "*No weights in this checkout: `python -m training.export` writes them.*\n"
+        return "*No weights in this checkout: `python -m training.builtin.export` writes them.*\n"
     rows = []
     for name in NAMES:
         folder = weights / name

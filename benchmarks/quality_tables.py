@@ -1,4 +1,5 @@
-"""Tables of the built-in models' held-out figures (`training.evaluate`) and of what is held out."""
+"""Tables of the built-in models' held-out figures, from `training.builtin.evaluate`, and of what is
+held out."""
 
 from __future__ import annotations
 

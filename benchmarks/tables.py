@@ -138,9 +138,11 @@ MEASURED = {
         "quantisation.json", "python -m benchmarks.quantisation", quantisation
     ),
     "quality-summary": Measured(
-        "builtin_quality.json", "python -m training.evaluate", quality_tables.summary
+        "builtin_quality.json", "python -m training.builtin.evaluate", quality_tables.summary
     ),
-    "quality": Measured("builtin_quality.json", "python -m training.evaluate", quality_tables.full),
+    "quality": Measured(
+        "builtin_quality.json", "python -m training.builtin.evaluate", quality_tables.full
+    ),
 }
 FROM_CODE: Mapping[str, Callable[[], str]] = {
     "held-out": quality_tables.held_out,

@@ -2,7 +2,7 @@
 
     python -m training.rerank --rows .data/runs/rerank/rows.jsonl
 
-Rows are written by `training.rerank_rows`: a query text, candidates in the reasoner's words, and
+Rows are written by `builtin.rerank_rows`: a query text, candidates in the reasoner's words, and
 which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
 probability) plus a softmax over the list (so that the order is right), which `--listwise 0` leaves
 out. The decoder starts from the unified model's; that Qwen3 normalises queries and keys is all that
@@ -30,9 +30,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from training import builtin
+from training.builtin.pairs import Leaf
 from training.checkpoint import Checkpoints
 from training.optimiser import muon
-from training.pairs import Leaf
 from training.prefetch import prefetch
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.models.multimodal import MultimodalLM

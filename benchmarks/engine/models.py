@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from training import builtin
-from training.export import config_json
+from training.builtin.export import config_json
 from tte_jax.builtin.models import REASONER, RERANKER, WEIGHTS_DIR
 from tte_jax.models.config import ModelConfig, TextConfig
 from tte_jax.models.registry import model_config

@@ -35,7 +35,7 @@ LOAD = {"queries_per_s": 6.25, "all": KIND, "kinds": {"text": KIND}}
 SEARCH = ABOUT | {"clients": {"1": LOAD, "4": LOAD}, "compile_counts": {"during": {"embedder": 0}}}
 HITS = {"hit@1": 0.5, "hit@1_ci95": [0.4, 0.6], "hit@10": 0.9, "hit@10_ci95": [0.8, 1.0]}
 QUALITY = {
-    "command": "python -m training.evaluate", "budget": 64, "rerank_depth": 10,
+    "command": "python -m training.builtin.evaluate", "budget": 64, "rerank_depth": 10,
     "models": {"reasoner": "m@1", "embedder": "m@1", "reranker": None},
     "tasks": {
         "text": {
@@ -156,7 +156,7 @@ def test_cells_are_escaped_and_counted() -> None:
 
 
 def test_models_are_counted_from_their_files(tmp_path: Path) -> None:
-    assert "python -m training.export" in model_tables.models(tmp_path)
+    assert "python -m training.builtin.export" in model_tables.models(tmp_path)
     for name in NAMES:
         folder = tmp_path / name
         folder.mkdir()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.training.drawings import emoji_data
-from training import texts
+from training.builtin import texts
 from training.data.columns import Columns, ColumnSource, data_files
 from training.data.ecrs import PLAIN, TRUTH, Ecr, EcrStore, WithEcrs, ecr_key
 from training.data.emoji_examples import EmojiSource

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from training import builtin
+from training.builtin.rerank_rows import spoil
 from training.rerank import Config, RowSource, score
-from training.rerank_rows import spoil
 from tte_jax.builtin.models import RERANKER, path_of
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.preprocess.prompts import PromptSet

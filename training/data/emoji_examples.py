@@ -14,11 +14,11 @@ import io
 import numpy as np
 from PIL import Image
 
-from training import texts
+from training.builtin import texts
+from training.builtin.sampling import image_table
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
 from training.data.rows import Item, MediaFile, Row, RowSource
-from training.sampling import image_table
 from tte_jax.errors import InvalidInputError
 
 KINDS = ("text", "image", "composed")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import builtin, images
+from training import builtin
+from training.builtin import images
 from tte_jax.preprocess.patches import ImageConfig, patchify
 from tte_jax.preprocess.vision_plan import plan_vision
 

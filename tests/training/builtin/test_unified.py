@@ -15,11 +15,12 @@ from flax import nnx
 from PIL import Image
 
 from tests.training.drawings import emoji_data
-from training import builtin, export, texts
-from training.packing import ECR, PROMPT, Example, Packed, Packer
-from training.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
-from training.sampling import image_table
-from training.unified import contrast, restyled, run, see, style_residuals
+from training import builtin
+from training.builtin import export, texts
+from training.builtin.packing import ECR, PROMPT, Example, Packed, Packer
+from training.builtin.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
+from training.builtin.sampling import image_table
+from training.builtin.unified import contrast, restyled, run, see, style_residuals
 from tte_jax.builtin.models import REASONER, path_of
 from tte_jax.content import Content, Side
 from tte_jax.embedder import Embedder

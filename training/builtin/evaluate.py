@@ -1,6 +1,6 @@
 """Held-out figures of the built-in models, through the same role objects that serve them.
 
-    python -m training.evaluate --out benchmarks/results/builtin_quality.json
+    python -m training.builtin.evaluate --out benchmarks/results/builtin_quality.json
 
 Three kinds of query against pools of pictures; four arms: chance, no reasoning, with ECR on both
 sides, and ECR followed by the text-only rerank of the first ten (ECRR). What training never saw:
@@ -25,8 +25,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from training import texts
-from training.builtin import SERVED_STYLE
+from training.builtin import SERVED_STYLE, texts
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData, load
 from tte_jax.builtin.models import EMBEDDER, REASONER, RERANKER, WEIGHTS_DIR
@@ -322,7 +321,7 @@ def main(config: Config) -> None:
         ),
     }
     report: dict[str, object] = {
-        "command": shlex.join(["python", "-m", "training.evaluate", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "training.builtin.evaluate", *sys.argv[1:]]),
         "models": {
             "reasoner": roles.reasoner.version,
             "embedder": roles.embedder.version,

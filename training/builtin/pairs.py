@@ -16,11 +16,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from training import builtin, images, sampling, texts
+from training import builtin
+from training.builtin import images, sampling, texts
+from training.builtin.packing import Example, Leaf, Packed, Packer, Placed
+from training.builtin.words import concept_words
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
-from training.packing import Example, Leaf, Packed, Packer, Placed
-from training.words import concept_words
 from tte_jax.content import Content, Media, Side
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.positions import mrope_positions
@@ -71,7 +72,7 @@ class Mix:
       coined: texts that name no concept. Their ECR, the text's own words, is learnt; they answer
         nothing.
       echoed: how often the ECR of a text query is its own words.
-      own: how often it is what the model itself had said (`training.own`), where that is given.
+      own: how often it is what the model itself had said (`builtin.own`), where that is given.
       served: how often a document is the OpenMoji original, which is what is served.
       rows: rows of LENGTH tokens that all sequences must fit into.
       learnt: tokens of ECRs that are learnt, at most.
@@ -117,7 +118,7 @@ class Own(NamedTuple):
 
 class PairSource:
     """Draws batches from the training split; `prototypes` as in `lookalikes`, `own` as written by
-    `training.own`."""
+    `training.builtin.own`."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The built-in models' tokenizer: Qwen2's kind (byte-level BPE), trained on the texts we have.
 
-python -m training.tokenizer --data .data/emoji --out .data/runs/tokenizer
+python -m training.builtin.tokenizer --data .data/emoji --out .data/runs/tokenizer
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2Tokenizer
 
-from training import texts
+from training.builtin import texts
 from training.data.emoji import load
 
 VOCABULARY = 4096

@@ -1,6 +1,6 @@
 """Training rows for the reranker: what the retriever really finds, as the reasoner really words it.
 
-    python -m training.rerank_rows --out .data/runs/rerank/rows.jsonl
+    python -m training.builtin.rerank_rows --out .data/runs/rerank/rows.jsonl
 
 The reasoner describes training pictures, the embedder ranks them, and the first candidates become
 one row: ranked, with the right ones marked. Documents are as they are served; queries are spoilt a
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from training import texts
+from training.builtin import texts
+from training.builtin.evaluate import Roles, embed_all, png, reason_all
+from training.builtin.images import spoil
+from training.builtin.sampling import image_table, pick_row
 from training.data.emoji import EmojiData, load
-from training.evaluate import Roles, embed_all, png, reason_all
-from training.images import spoil
-from training.sampling import image_table, pick_row
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.cascade.texts import rerank_text
 from tte_jax.content import Content, Side

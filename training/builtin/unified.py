@@ -1,12 +1,12 @@
 """Stage 2: one Qwen2-VL that reasons and embeds.
 
-    python -m training.unified --data .data/emoji --vision .data/runs/vision/visual.npz
+    python -m training.builtin.unified --data .data/emoji --vision .data/runs/vision/visual.npz
 
 Next-token loss on the ECR and contrastive loss on the end token, from the same pass. Every sequence
 ends twice, after its ECR and right after the prompt, so "no reasoning" is trained as well and the
 comparison between the two is fair. Some ECRs are replaced by those of look-alikes, and at the end
-by the model's own (`training.own`): at serving time the reasoner errs, and an embedder that only
-ever saw true ECRs would follow it blindly. The vision tower comes from `training.vision` and stays
+by the model's own (`builtin.own`): at serving time the reasoner errs, and an embedder that only
+ever saw true ECRs would follow it blindly. The vision tower comes from `builtin.vision` and stays
 as it is; the embedding table comes from there too and goes on learning. The paper found joint
 training to hurt a pretrained 7B backbone; here both skills start from nothing and see as one.
 """
@@ -28,12 +28,13 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin, images, sampling, texts
+from training import builtin
+from training.builtin import images, sampling, texts
+from training.builtin.packing import ALONE, ECR, Packed
+from training.builtin.pairs import Batch, Mix, PairSource
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.optimiser import muon
-from training.packing import ALONE, ECR, Packed
-from training.pairs import Batch, Mix, PairSource
 from training.prefetch import prefetch
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.nn.norms import l2_normalise
@@ -46,10 +47,10 @@ class Config:
     """Options of a run.
 
     Attributes:
-      vision: `visual.npz` written by `training.vision`.
+      vision: `visual.npz` written by `training.builtin.vision`.
       start: a model directory to go on from, its tower included; None = begin with `vision`.
-      own: what `training.own` wrote; shown in place of most true ECRs (`mix.own`).
-      tokenizer: folder written by `training.tokenizer`.
+      own: what `training.builtin.own` wrote; shown in place of most true ECRs (`mix.own`).
+      tokenizer: folder written by `training.builtin.tokenizer`.
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
         same `out` goes on where the last one stopped.
@@ -96,7 +97,7 @@ class Trained(nnx.Module):
 
 
 def begun(model: MultimodalLM, saved: Mapping[str, np.ndarray], std: float, sample: np.ndarray):
-    """Put what `training.vision` saved into `model`: features and embedding table, each brought to
+    """Put what `builtin.vision` saved into `model`: features and embedding table, each brought to
     the given standard deviation. `sample` [M S S 3] uint8 pictures measure the features."""
     graph, state = nnx.split(model.visual)
     structure = jax.tree.structure(state)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training.builtin.words import words
 from training.data.concepts import Concept
-from training.words import words
 
 MAX_CUES = 3
 

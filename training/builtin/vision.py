@@ -1,12 +1,12 @@
 """Stage 1: teach the vision tower to see, before any text model reads it.
 
-    python -m training.vision --data .data/emoji --out .data/runs/vision
+    python -m training.builtin.vision --data .data/emoji --out .data/runs/vision
 
 A supervised warm start: from the mean of the merged vision features, linear heads name the family,
 group, subgroup, gender, skin tone and hair of the picture and the words of its label and tags. The
 same mean is drawn to the mean of the token embeddings of what is said about the picture (InfoNCE),
 so that features and token embeddings share one space before a decoder reads them. The heads are
-thrown away; the tower and the embedding table go into the unified model (`training.unified`), and
+thrown away; the tower and the embedding table go into the unified model (`builtin.unified`), and
 so does each concept's mean feature, which tells what looks alike.
 """
 
@@ -27,12 +27,13 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin, images, sampling, texts
+from training import builtin
+from training.builtin import images, sampling, texts
+from training.builtin.words import concept_words
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.optimiser import adamw, muon
 from training.prefetch import prefetch
-from training.words import concept_words
 from tte_jax.models.vision import VisionTower
 from tte_jax.nn.norms import l2_normalise
 from tte_jax.preprocess.tokenizer import Tokenizer

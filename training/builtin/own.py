@@ -1,11 +1,11 @@
 """Stage 3: what the model itself says, for its embedder to learn how far to trust it.
 
-    python -m training.own --out .data/runs/own.jsonl
+    python -m training.builtin.own --out .data/runs/own.jsonl
 
 On clean training pictures the reasoner is nearly always right, and an embedder that reads only
 such reasonings follows a wrong one blindly. So training pictures are spoilt until the reasoner errs
 about as often as on an art style that it never saw, and what it says of them is written down, along
-with what it says of text queries and of changes. `training.unified --own` then shows these
+with what it says of text queries and of changes. `training.builtin.unified --own` then shows these
 reasonings in place of the true ones. Only training pictures and training concepts are used.
 """
 
@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from training import builtin, texts
+from training import builtin
+from training.builtin import texts
+from training.builtin.evaluate import png
+from training.builtin.images import spoil
+from training.builtin.pairs import Mix, Own, PairSource
+from training.builtin.sampling import image_table, pick_row
 from training.data.emoji import load
-from training.evaluate import png
-from training.images import spoil
-from training.pairs import Mix, Own, PairSource
-from training.sampling import image_table, pick_row
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.content import Content, Side
 from tte_jax.preprocess.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
 """Write trained weights as the model directories that ship in the wheel.
 
-    python -m training.export --version 1
+    python -m training.builtin.export --version 1
 
 Each is a complete Hugging Face directory (transformers loads it too) plus `tte.json`, which names
 the prompts it was trained on. Weights are bfloat16: half the size, and exact again in float32.
