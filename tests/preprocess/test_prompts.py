@@ -103,8 +103,8 @@ def test_mini_rerank(mini: PromptSet) -> None:
     suffix = mini.rerank_suffix("a dog")
     assert prefix.text == "<|im_start|>user\n<Query>: round, smiling. Answer: cat\n<Document>:"
     assert suffix.text == " a dog<|im_end|>\n<|im_start|>assistant\n"
-    assert prefix.prefix_length == len(prefix.ids)
-    assert suffix.prefix_length == 0
+    assert prefix.prefix_ends == (len(prefix.ids),)
+    assert suffix.prefix_ends == ()
 
 
 def reference_ids(tokenizer_dirs: dict[str, Path], kind: str, text: str) -> list[int]:
@@ -209,23 +209,24 @@ def test_full_reasoning_prompts_differ_by_task_and_side(full: PromptSet) -> None
         for task in (Task.TEXT, Task.IMAGE):
             content = Content.of("cat") if task is Task.TEXT else Content.of("", png())
             prompt = full.reason(ReasonItem(content, side))
-            fixed = prompt.ids[: prompt.prefix_length].tolist()
+            fixed = prompt.ids[: prompt.prefix_ends[0]].tolist()
             seen[tuple(fixed)] = (task, side)
             assert fixed[-1] == full.tokenizer.token_id("<|im_end|>")
             assert prompt.text.count("<think>") == 2  # the form and the worked example
             assert prompt.text.endswith("<|im_start|>assistant\n")
     assert len(seen) == 4
     composed = full.reason(ReasonItem(Content.of("blue", png()), QUERY))
-    assert tuple(composed.ids[: composed.prefix_length].tolist()) not in seen
+    assert tuple(composed.ids[: composed.prefix_ends[0]].tolist()) not in seen
 
 
 def test_full_prefix_is_shared(full: PromptSet) -> None:
     a = full.reason(ReasonItem(Content.of("a cat"), QUERY))
     b = full.reason(ReasonItem(Content.of("\nan old dog"), QUERY))
-    assert a.prefix_length == b.prefix_length > 50
-    np.testing.assert_array_equal(a.ids[: a.prefix_length], b.ids[: a.prefix_length])
+    (end,) = a.prefix_ends
+    assert b.prefix_ends == (end,) and end > 50
+    np.testing.assert_array_equal(a.ids[:end], b.ids[:end])
     c = full.reason(ReasonItem(Content.of("a cat"), QUERY, instruction="Find recipes."))
-    assert "Find recipes." in c.text and c.prefix_length != a.prefix_length
+    assert "Find recipes." in c.text and c.prefix_ends != a.prefix_ends
 
 
 def test_embedding_modes(full: PromptSet) -> None:
