@@ -145,6 +145,42 @@ def test_pieces_are_the_whole(engines):
     assert [f.cached_tokens for f in fillings] == [0, 0, 0]
 
 
+def test_every_prompt_comes_to_its_end_whatever_the_ladder(engines):
+    """Plans only: each dispatch fits its shape, and the pieces of a prompt add up."""
+    prefill, rng = engines[1].prefill, np.random.default_rng(0)
+    one = prompt(engines[1].served, TEXT)
+    usual = prefill._buckets
+    try:
+        for _ in range(60):
+            append = tuple(
+                (int(rng.integers(1, 4)), int(rng.integers(1, 40)), int(rng.integers(0, 80)) + 1)
+                for _ in range(rng.integers(1, 4))
+            )
+            b = replace(usual, append=append, prefill=((1, 8), (2, 16)))
+            prefill._buckets, prefill._reach = b, max(s for _, _, s in append)
+            prefill._budget = max(rows * tokens for rows, tokens, _ in append)
+            lengths = rng.integers(1, b.longest_prompt + 1, 5)
+            fillings = [
+                Filling(replace(one, ids=np.zeros(n, np.int32)), slot)
+                for slot, n in enumerate(lengths)
+            ]
+            while left := [f for f in fillings if f.left]:
+                dispatches = prefill.plan(left)
+                assert left[0] in {f for d in dispatches for f in d.fillings}
+                for d in dispatches:
+                    assert len(d.fillings) <= d.shape[0] and max(d.counts) <= d.shape[1]
+                    for f, n in zip(d.fillings, d.counts, strict=True):
+                        assert 0 < n <= f.left
+                        if d.program == "append":
+                            assert f.filled <= d.key[2]
+                        else:
+                            assert (f.filled, n) == (0, f.input.tokens)
+                        f.filled += n
+    finally:
+        prefill._buckets, prefill._reach = usual, max(s for _, _, s in usual.append)
+        prefill._budget = max(rows * tokens for rows, tokens, _ in usual.append)
+
+
 def test_padding_and_what_lies_in_the_slots_change_nothing(engines):
     _, pieces = engines
     one = prompt(pieces.served, TEXT, (4, 56, 56))

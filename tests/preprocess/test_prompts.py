@@ -14,6 +14,7 @@ from tte_jax.content import Content, Media, MediaKind, Side, Task
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
 from tte_jax.preprocess.patches import ImageConfig, patchify
 from tte_jax.preprocess.prompts import EmbedMode, PromptSet, choose_task, prompts_name
+from tte_jax.preprocess.template import Prompt
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import EmbedItem, ReasonItem
 
@@ -129,6 +130,37 @@ def test_ids_equal_those_of_the_whole_text(
         prefix, suffix = prompts.rerank_prefix("a cat"), prompts.rerank_suffix(document)
         joined = [*prefix.ids.tolist(), *suffix.ids.tolist()]
         assert joined == reference_ids(tokenizer_dirs, kind, prefix.text + suffix.text)
+
+
+@pytest.mark.parametrize("kind", ["tags", "plain"])
+def test_full_rewrites_share_all_up_to_the_candidate(
+    tokenizer_dirs: dict[str, Path], kind: str
+) -> None:
+    prompts = PromptSet("full", Tokenizer.from_dir(tokenizer_dirs[kind]), CONFIG)
+
+    def rewrite(text: str, wanted: str, *images: bytes) -> Prompt:
+        item = ReasonItem(
+            Content.of(text, *images),
+            DOCUMENT,
+            task=Task.REWRITE,
+            query=Content.of(wanted),
+            candidate_reasoning=ECR,
+        )
+        return prompts.reason(item)
+
+    for wanted in ("a black cat", "what is 3 + 4?!", "“猫”"):
+        first = rewrite("", wanted, png())
+        system, shared = first.prefix_ends
+        assert 50 < system < shared
+        before, _, after = first.text.partition(f"Searched for: {wanted}\n")
+        assert before.endswith("user\n") and after.startswith("<|vision_start|>")
+        for text in ("an old dog", "...and a dog", "7 dogs\n", "  猫", "/dog", "'s dog"):
+            other = rewrite(text, wanted)
+            assert other.prefix_ends == first.prefix_ends
+            np.testing.assert_array_equal(other.ids[:shared], first.ids[:shared])
+            assert other.ids.tolist() == reference_ids(tokenizer_dirs, kind, other.text)
+    other = rewrite("a cat", "a dog")
+    assert not np.array_equal(other.ids[: other.prefix_ends[1]], first.ids[:shared])
 
 
 def test_full_rerank_has_the_published_form(full: PromptSet) -> None:
