@@ -62,8 +62,9 @@ class PrefixCache:
         self._table = table
         self._merged = merged
         # A prompt goes on behind its prefix by `append`, which looks back so many places.
-        reach = max((s for _, _, s in buckets.append), default=0)
-        self._sizes = sorted(size for size in set(buckets.prefix) if size <= reach)
+        self._reach = max((s for _, _, s in buckets.append), default=0)
+        sizes = set(buckets.prefix) if buckets.append else set()
+        self._sizes = sorted(size for size in sizes if size <= buckets.cache_length)
         layers, _, _, heads, size = state.k.shape
         place = 2 * layers * heads * size * state.k.dtype.itemsize
         self.cache: ByteLru[KVCache] = ByteLru(
@@ -83,8 +84,8 @@ class PrefixCache:
 
     def beginnings(self, one: ModelInput) -> tuple[Beginning, ...]:
         """The marked beginnings of a prompt that can be kept, shortest first."""
-        largest = self._sizes[-1] if self._sizes else 0
-        ends = [e for e in one.prefix_ends if DISPATCH_TOKENS <= e <= min(largest, one.tokens - 1)]
+        most = min(max(self._sizes, default=0), self._reach, one.tokens - 1)
+        ends = [e for e in one.prefix_ends if DISPATCH_TOKENS <= e <= most]
         return tuple(Beginning(e, _key(one, e, self._merged)) for e in ends)
 
     def missing(self, beginnings: Sequence[Beginning], *, beyond: int) -> list[Beginning]:
