@@ -123,7 +123,7 @@ class ListwiseReranker(Role):
             )
         prompts, buckets = self.served.prompts, self.served.buckets
         one = model_input(prompts.rerank_list(query, candidates, instruction), self.served.config)
-        smallest(one.tokens, (t for _, t in buckets.prefill), what="the list", field="candidates")
+        smallest(one.tokens, (buckets.longest_prompt,), what="the list", field="candidates")
         return ListJob(Job(one, max_tokens=self._tokens(len(candidates))), len(candidates))
 
     def submit(

@@ -60,6 +60,7 @@ class Reasoner(Role):
         *,
         queue: RequestQueue | None = None,
         vision_cache_bytes: int = 256 * 2**20,
+        prefix_cache_bytes: int = 64 * 2**20,
     ) -> None:
         super().__init__(served, queue=queue)
         prompts, config = served.prompts, served.config
@@ -83,6 +84,7 @@ class Reasoner(Role):
             served.buckets,
             stops,
             vision=vision,
+            prefix_cache_bytes=prefix_cache_bytes,
             queue=self.queue,
             is_closed=None if one_token else lambda ids: END_THINK in tokenizer.decode(ids),
         )
@@ -206,9 +208,7 @@ class Reasoner(Role):
         max_tokens = min(max_tokens, self.max_new_tokens)
         prompt = self.served.prompts.reason(item, field=field)
         one = model_input(prompt, self.served.config)
-        smallest(
-            one.tokens, (t for _, t in self.served.buckets.prefill), what="the prompt", field=field
-        )
+        smallest(one.tokens, (self.served.buckets.longest_prompt,), what="the prompt", field=field)
         if self.vision is not None:
             self.vision.check(one.images, field=field)
         close_at = think_limit(max_tokens, len(self._forced))

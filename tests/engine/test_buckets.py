@@ -84,6 +84,18 @@ def test_ladder_from_tte_json():
     assert ladder.embed == MINI.embed
     assert longest(ladder.prefill) == 32
     assert longest(()) == 0
+    assert (ladder.chunk, ladder.longest_in_chunks, ladder.longest_prompt) == (0, 0, 32)
+
+
+def test_a_ladder_with_chunks():
+    append = [[1, 128, 512], [4, 128, 512], [1, 512, 1536], [1, 16, 1536]]
+    ladder = MINI.replace({"append": append})
+    assert ladder.append == tuple(map(tuple, append))
+    assert (ladder.chunk, ladder.longest_in_chunks) == (512, 2048)
+    assert ladder.longest_prompt == 2048 and ladder.cache_length == 2048 + ladder.new_tokens
+    # The longest T is of no use behind the last place that it reaches.
+    assert MINI.replace({"append": [[1, 1024, 512], [1, 64, 1300]]}).longest_prompt == 1364
+    assert MINI.replace({"append": [[1, 16, 48]]}).longest_prompt == 128  # `prefill` goes further
 
 
 @pytest.mark.parametrize(
@@ -95,6 +107,8 @@ def test_ladder_from_tte_json():
         {"prefill": 64},
         {"new_tokens": "many"},
         {"decode": [4]},
+        {"append": [[1, 64]]},
+        {"prefill": [[1, 64, 64]]},
     ],
 )
 def test_a_malformed_ladder_is_refused(changes):

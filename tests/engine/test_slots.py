@@ -210,6 +210,19 @@ def test_features_that_are_not_numbers_fail_alone(reasoner):
     assert futures[1].result(WAIT_S).reasoning == expected
 
 
+def test_numbers_that_are_none_do_not_stay_in_the_slot(reasoner):
+    """The next sequence there is shorter: places behind it still hold what the broken one left."""
+    expected = reasoner.reason([ITEMS[0]], 24)[0]
+    long = reasoner.prepare(item("the smiling dog face " * 4, 78), 24)
+    (one,) = long.input.images
+    bad = replace(one, key="nan as well", patches=np.full_like(one.patches, np.nan))
+    poisoned = replace(long, input=replace(long.input, images=(bad,)))
+    assert long.input.tokens > 32 > reasoner.prepare(ITEMS[0], 24).input.tokens
+    with pytest.raises(InternalError, match="not finite"):
+        reasoner.submit([poisoned])[0].result(WAIT_S)
+    assert reasoner.reason([ITEMS[0]], 24)[0] == expected
+
+
 def test_a_round_that_fails_loses_its_sequences_and_no_more(reasoner, caplog):
     """After a device error the caches are made anew and the thread serves on."""
     expected = reasoner.reason([ITEMS[0]], 24)[0]

@@ -14,6 +14,7 @@ from tte_jax.content import Content, Media, MediaKind, Side, Task
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
 from tte_jax.preprocess.patches import ImageConfig, patchify
 from tte_jax.preprocess.prompts import EmbedMode, PromptSet, choose_task, prompts_name
+from tte_jax.preprocess.template import Prompt
 from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import EmbedItem, ReasonItem
 
@@ -103,8 +104,8 @@ def test_mini_rerank(mini: PromptSet) -> None:
     suffix = mini.rerank_suffix("a dog")
     assert prefix.text == "<|im_start|>user\n<Query>: round, smiling. Answer: cat\n<Document>:"
     assert suffix.text == " a dog<|im_end|>\n<|im_start|>assistant\n"
-    assert prefix.prefix_length == len(prefix.ids)
-    assert suffix.prefix_length == 0
+    assert prefix.prefix_ends == (len(prefix.ids),)
+    assert suffix.prefix_ends == ()
 
 
 def reference_ids(tokenizer_dirs: dict[str, Path], kind: str, text: str) -> list[int]:
@@ -129,6 +130,37 @@ def test_ids_equal_those_of_the_whole_text(
         prefix, suffix = prompts.rerank_prefix("a cat"), prompts.rerank_suffix(document)
         joined = [*prefix.ids.tolist(), *suffix.ids.tolist()]
         assert joined == reference_ids(tokenizer_dirs, kind, prefix.text + suffix.text)
+
+
+@pytest.mark.parametrize("kind", ["tags", "plain"])
+def test_full_rewrites_share_all_up_to_the_candidate(
+    tokenizer_dirs: dict[str, Path], kind: str
+) -> None:
+    prompts = PromptSet("full", Tokenizer.from_dir(tokenizer_dirs[kind]), CONFIG)
+
+    def rewrite(text: str, wanted: str, *images: bytes) -> Prompt:
+        item = ReasonItem(
+            Content.of(text, *images),
+            DOCUMENT,
+            task=Task.REWRITE,
+            query=Content.of(wanted),
+            candidate_reasoning=ECR,
+        )
+        return prompts.reason(item)
+
+    for wanted in ("a black cat", "what is 3 + 4?!", "“猫”"):
+        first = rewrite("", wanted, png())
+        system, shared = first.prefix_ends
+        assert 50 < system < shared
+        before, _, after = first.text.partition(f"Searched for: {wanted}\n")
+        assert before.endswith("user\n") and after.startswith("<|vision_start|>")
+        for text in ("an old dog", "...and a dog", "7 dogs\n", "  猫", "/dog", "'s dog"):
+            other = rewrite(text, wanted)
+            assert other.prefix_ends == first.prefix_ends
+            np.testing.assert_array_equal(other.ids[:shared], first.ids[:shared])
+            assert other.ids.tolist() == reference_ids(tokenizer_dirs, kind, other.text)
+    other = rewrite("a cat", "a dog")
+    assert not np.array_equal(other.ids[: other.prefix_ends[1]], first.ids[:shared])
 
 
 def test_full_rerank_has_the_published_form(full: PromptSet) -> None:
@@ -209,23 +241,24 @@ def test_full_reasoning_prompts_differ_by_task_and_side(full: PromptSet) -> None
         for task in (Task.TEXT, Task.IMAGE):
             content = Content.of("cat") if task is Task.TEXT else Content.of("", png())
             prompt = full.reason(ReasonItem(content, side))
-            fixed = prompt.ids[: prompt.prefix_length].tolist()
+            fixed = prompt.ids[: prompt.prefix_ends[0]].tolist()
             seen[tuple(fixed)] = (task, side)
             assert fixed[-1] == full.tokenizer.token_id("<|im_end|>")
             assert prompt.text.count("<think>") == 2  # the form and the worked example
             assert prompt.text.endswith("<|im_start|>assistant\n")
     assert len(seen) == 4
     composed = full.reason(ReasonItem(Content.of("blue", png()), QUERY))
-    assert tuple(composed.ids[: composed.prefix_length].tolist()) not in seen
+    assert tuple(composed.ids[: composed.prefix_ends[0]].tolist()) not in seen
 
 
 def test_full_prefix_is_shared(full: PromptSet) -> None:
     a = full.reason(ReasonItem(Content.of("a cat"), QUERY))
     b = full.reason(ReasonItem(Content.of("\nan old dog"), QUERY))
-    assert a.prefix_length == b.prefix_length > 50
-    np.testing.assert_array_equal(a.ids[: a.prefix_length], b.ids[: a.prefix_length])
+    (end,) = a.prefix_ends
+    assert b.prefix_ends == (end,) and end > 50
+    np.testing.assert_array_equal(a.ids[:end], b.ids[:end])
     c = full.reason(ReasonItem(Content.of("a cat"), QUERY, instruction="Find recipes."))
-    assert "Find recipes." in c.text and c.prefix_length != a.prefix_length
+    assert "Find recipes." in c.text and c.prefix_ends != a.prefix_ends
 
 
 def test_embedding_modes(full: PromptSet) -> None:

@@ -164,7 +164,7 @@ def test_rerankers(
     for name, text in whole.items():
         prompts = formats[name]
         prefix, suffix = prompts.rerank_prefix("a cat"), prompts.rerank_suffix(document)
-        assert prefix.prefix_length == len(prefix.ids)
+        assert prefix.prefix_ends == (len(prefix.ids),)
         assert [*prefix.ids, *suffix.ids] == reference(text)["input_ids"], name
 
 

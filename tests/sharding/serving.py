@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ CONTENTS = [
     Content.of("Change:", png(3, 56, 28)),
 ]
 CANDIDATES = ["a smiling cat", "no", "the thing that is wanted", "yes yes", "a face", "dark"]
+LONG = Content.of(
+    "yes no yes no a cat the thing that is wanted with a dark skin tone a smiling cat face", png(1)
+)
 NEW_TOKENS = 20
+PATIENCE_S = 300.0
 # Few, since each compiles anew on every mesh: a row count that meshes split and one they do not.
 BUCKETS = Buckets(
     images=((4, 16),),
     prefill=((4, 64), (1, 64)),
+    append=((2, 24, 40),),
     embed=((4, 64), (1, 64)),
     prefix=(48,),
     score=((4, 32), (1, 32)),
@@ -63,6 +69,7 @@ def answers(order: dict[str, Any], mesh: Any = None) -> dict[str, Any]:
         drawn = reasoner.reason(items, NEW_TOKENS, sampling=Sampling(0.7, 0.9, 3))
         told["greedy"] = [r.text for r in greedy]
         told["drawn"] = [r.text for r in drawn]
+        told["behind_prefix"], told["reused"] = behind_prefix(reasoner)
         told["reasoner_compiles"] = reasoner.compile_count - reasoner.warm_compile_count
         state: Any = reasoner.loop._state
         told["cache"], told["slots"] = spec(state.k), spec(state.control.done)
@@ -75,6 +82,15 @@ def answers(order: dict[str, Any], mesh: Any = None) -> dict[str, Any]:
         told["prefix"] = spec(prefix.k)
         told["matrix"] = spec(jax.tree.leaves(reranker.served.model.text.layers.q_dnh)[0])
     return told
+
+
+def behind_prefix(reasoner: Reasoner) -> tuple[list[list[int]], list[int]]:
+    """New tokens of a prompt with a marked beginning, read first and reused then; tokens saved."""
+    job = reasoner.prepare(ReasonItem(LONG, Side.QUERY), NEW_TOKENS)
+    assert job is not None and job.input.tokens > 36
+    job = replace(job, input=replace(job.input, prefix_ends=(36,)))
+    made = [reasoner.loop.submit([job])[0].result(PATIENCE_S) for _ in range(2)]
+    return [m.tokens for m in made], [m.cached_tokens for m in made]
 
 
 def spec(x: Any) -> str:

@@ -58,6 +58,15 @@ def test_texts_are_those_of_one_device(told) -> None:
         assert there["drawn"] == alone["drawn"]
 
 
+def test_a_kept_beginning_is_reused_as_on_one_device(told) -> None:
+    alone, meshes = told
+    assert alone["reused"] == [alone["reused"][0], 36]
+    assert alone["behind_prefix"][0] == alone["behind_prefix"][1]
+    for there in meshes:
+        assert there["reused"] == alone["reused"]
+        assert there["behind_prefix"] == alone["behind_prefix"]
+
+
 def test_nothing_is_compiled_after_warm_up(told) -> None:
     alone, meshes = told
     for one in (alone, *meshes):

@@ -98,11 +98,17 @@ class QueueStats:
     cached_tokens: int = 0
     queue_s: float = 0.0
 
-    def ran(self, shape: tuple[int, int], entries: Sequence[Entry], tokens: int) -> None:
-        """Counts a batch of `entries` with `tokens` real tokens, run as `shape` (rows, tokens)."""
+    def ran(
+        self, shape: tuple[int, int], entries: Sequence[Entry], tokens: int, *, again: int = 0
+    ) -> None:
+        """Counts a batch of `entries` with `tokens` real tokens, run as `shape` (rows, tokens).
+
+        Args:
+          again: further rows, with the next piece of entries that were counted before.
+        """
         rows, length = shape
         self.batches += 1
-        self.rows += len(entries)
+        self.rows += len(entries) + again
         self.row_places += rows
         self.tokens += tokens
         self.token_places += rows * length

@@ -14,6 +14,7 @@ from typing import Any
 from tte_jax.errors import InvalidInputError, PreconditionError
 
 Shape = tuple[int, int]
+AppendShape = tuple[int, int, int]
 
 DISPATCH_TOKENS = 32
 """What running a program costs beyond its tokens, as so many of them: dispatch, and reading the
@@ -28,8 +29,13 @@ class Buckets:
       images: (G, P): G images at a time, each of at most P patches. Groups keep attention cost
         linear in the number of images, where one long packed row would make it quadratic.
       prefill: (b, T): b prompts of at most T tokens, written into decode slots.
+      append: (b, T, S): the next T tokens of b prompts, behind at most S earlier ones in their
+        slots. The largest T is the chunk: longer prompts are read chunk by chunk, decoding in
+        between, and prompts that begin with a kept prefix are read from its end. Empty = neither:
+        every prompt is read whole.
       embed: (b, T): b whole sequences of at most T tokens.
-      prefix: S: tokens of a shared prefix (one query) of the reranker.
+      prefix: S: tokens of a shared prefix: one query of the reranker; what many prompts of a
+        reasoner with `append` begin with.
       score: (N, T): N candidates of at most T tokens behind one prefix.
       decode: (slots, S): the first slots over the first S places of their caches. The most slots
         are the number of slots; smaller shapes run while few slots are taken (one query alone need
@@ -41,6 +47,7 @@ class Buckets:
 
     images: tuple[Shape, ...] = ()
     prefill: tuple[Shape, ...] = ()
+    append: tuple[AppendShape, ...] = ()
     embed: tuple[Shape, ...] = ()
     prefix: tuple[int, ...] = ()
     score: tuple[Shape, ...] = ()
@@ -60,9 +67,25 @@ class Buckets:
         return tuple(sorted(shapes | {whole}, key=lambda shape: shape[0] * shape[1]))
 
     @property
+    def chunk(self) -> int:
+        """The most tokens of one prompt that are read in one dispatch where chunks are possible."""
+        return max((t for _, t, _ in self.append), default=0)
+
+    @property
+    def longest_in_chunks(self) -> int:
+        """The longest prompt that can be read chunk by chunk; 0 = none."""
+        # Every start up to the largest S has a shape, and from there the rest must fit in one.
+        return max((s, s + t) for _, t, s in self.append)[1] if self.append else 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """The longest prompt that can be read, whole or in chunks."""
+        return max(longest(self.prefill), self.longest_in_chunks)
+
+    @property
     def cache_length(self) -> int:
         """S of the decode cache: the longest prompt and the largest budget."""
-        return max((t for _, t in self.prefill), default=0) + self.new_tokens
+        return self.longest_prompt + self.new_tokens
 
     def replace(self, changes: Mapping[str, Any]) -> Buckets:
         """A copy with the given entries, as they stand in a model's `tte.json` (lists of lists).
@@ -91,7 +114,8 @@ MINI = Buckets(
 
 FULL = Buckets(
     images=((1, 1024), (4, 1024), (1, 4096)),
-    prefill=((1, 512), (4, 1024), (1, 2048)),
+    prefill=((1, 512), (4, 512)),
+    append=((1, 128, 512), (4, 128, 512), (1, 512, 512), (1, 512, 1536)),
     embed=((1, 512), (8, 1024), (2, 2560)),
     prefix=(512, 1024),
     score=((16, 512), (8, 1024)),
@@ -188,7 +212,8 @@ def _parse(key: str, value: Any, *, like: Any) -> Any:
         raise PreconditionError(f"buckets.{key}: expected a list, got {value!r}")
     if key == "prefix":
         return tuple(positive(x) for x in value)
-    for pair in value:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise PreconditionError(f"buckets.{key}: expected pairs [rows, tokens], got {pair!r}")
-    return tuple((positive(a), positive(b)) for a, b in value)
+    form = "triples [rows, tokens, earlier]" if key == "append" else "pairs [rows, tokens]"
+    for entry in value:
+        if not isinstance(entry, list | tuple) or len(entry) != len(form.split()) - 1:
+            raise PreconditionError(f"buckets.{key}: expected {form}, got {entry!r}")
+    return tuple(tuple(positive(x) for x in entry) for entry in value)

@@ -25,6 +25,11 @@ class ByteLru(Generic[T]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the value is there; no use of it, and neither a hit nor a miss."""
+        with self._lock:
+            return key in self._values
+
     def get(self, key: Hashable) -> T | None:
         """The value, now the most recently used one; None when it is not there."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class ModelInput:
       next_pos: position of the token that would follow.
       images: in the order of their tokens.
       is_media: [T] bool, True at vision tokens.
+      prefix_ends: as in `Prompt`.
+      clipped: of a piece: how many feature rows of its images stand before and behind it.
     """
 
     ids: np.ndarray
@@ -40,10 +42,43 @@ class ModelInput:
     next_pos: int
     images: tuple[ImageInput, ...]
     is_media: np.ndarray
+    prefix_ends: tuple[int, ...] = ()
+    clipped: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    def piece(self, start: int, end: int, *, merged: int) -> ModelInput:
+        """Tokens [start, end) at their positions, with the images of which a part stands there.
+
+        Args:
+          merged: patches per vision token.
+
+        Raises:
+          InternalError: images and vision tokens do not add up.
+        """
+        rows = [len(image.patches) // merged for image in self.images]
+        if sum(rows) != (places := int(self.is_media.sum())):
+            raise InternalError(f"{places} vision tokens, but the images make {sum(rows)} features")
+        first = int(self.is_media[:start].sum())
+        last = first + int(self.is_media[start:end].sum())
+        images, clipped, at = [], (0, 0), 0
+        for image, count in zip(self.images, rows, strict=True):
+            if at < last and first < at + count:
+                before = clipped[0] if images else first - at
+                clipped = (before, max(at + count - last, 0))
+                images.append(image)
+            at += count
+        return replace(
+            self,
+            ids=self.ids[start:end],
+            positions=self.positions[:, start:end],
+            images=tuple(images),
+            is_media=self.is_media[start:end],
+            prefix_ends=(),
+            clipped=clipped,
+        )
 
 
 def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> ModelInput:
@@ -64,7 +99,12 @@ def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> Model
                 reason="NO_VISION",
             )
         return ModelInput(
-            ids, text_positions(len(ids), start), start + len(ids), (), np.zeros(len(ids), bool)
+            ids,
+            text_positions(len(ids), start),
+            start + len(ids),
+            (),
+            np.zeros(len(ids), bool),
+            prompt.prefix_ends,
         )
     video = -1 if config.video_token_id is None else config.video_token_id
     intervals = None
@@ -81,7 +121,9 @@ def model_input(prompt: Prompt, config: ModelConfig, *, start: int = 0) -> Model
         intervals=intervals,
     )
     is_media = (ids == config.image_token_id) | (ids == video)
-    return ModelInput(ids, positions + start, next_pos + start, images, is_media)
+    return ModelInput(
+        ids, positions + start, next_pos + start, images, is_media, prompt.prefix_ends
+    )
 
 
 def pad_rows(
@@ -130,6 +172,7 @@ def place_features(
             continue
         places = np.flatnonzero(one.is_media)
         table = np.concatenate([features[image.key] for image in one.images])
+        table = table[one.clipped[0] : len(table) - one.clipped[1]]
         if len(table) != len(places):
             raise InternalError(
                 f"{len(places)} vision tokens, but the images make {len(table)} features"

@@ -186,9 +186,66 @@ def prefill(
     tokens = ids.shape[1]
     k, v = gathered(k, like=state.k), gathered(v, like=state.v)
     state = DecodeState(
-        k=state.k.at[:, slots, :tokens].set(k.astype(state.k.dtype), mode="drop"),
-        v=state.v.at[:, slots, :tokens].set(v.astype(state.v.dtype), mode="drop"),
+        k=state.k.at[:, slots, :tokens].set(_cached(k, state.k), mode="drop"),
+        v=state.v.at[:, slots, :tokens].set(_cached(v, state.v), mode="drop"),
         length=state.length.at[slots].set(gathered(n), mode="drop"),
+        next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
+        control=jax.tree.map(
+            lambda old, new: old.at[slots].set(new, mode="drop"), state.control, control
+        ),
+    )
+    return state, token, control.done, control.failed
+
+
+def append(
+    model: MultimodalLM,
+    state: DecodeState,
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B 3 T"],
+    n: Int[Array, " B"],
+    vis: Float[Array, "V D"] | None,
+    vis_idx: Int[Array, "B T"] | None,
+    slots: Int[Array, " B"],
+    start: Int[Array, " B"],
+    last: Bool[Array, " B"],
+    next_pos: Int[Array, " B"],
+    control: Control,
+    *,
+    places: int,
+    stops: Stops,
+) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
+    """Reads the next `n` tokens of prompts whose first `start` tokens are in their slots.
+
+    Args:
+      state: donated.
+      slots: as in `prefill`.
+      start: at most `places`.
+      last: the prompt ends here, and its first token is chosen; else the slot stays done, so that
+        decoding in between leaves it alone.
+      next_pos, control: as in `prefill`; those of the last piece count.
+
+    Returns: as `prefill`; `failed` of every piece, the token of the last ones.
+    """
+    before = KVCache(
+        k=state.k[:, :, :places].at[:, slots].get(mode="clip"),
+        v=state.v[:, :, :places].at[:, slots].get(mode="clip"),
+        length=start,
+    )
+    valid = _valid(ids, n)
+    hidden, (k, v) = model.forward(
+        ids, valid=valid, positions=positions, vis=vis, vis_idx=vis_idx, prefix=before
+    )
+    token, control = advance(control, gathered(model.logits(_last(hidden, n))), stops)
+    control = replace(control, done=control.done | ~last)
+    # Padding goes nowhere: what lies behind a prompt may be another sequence's past, never this
+    # one's future.
+    row, whole = slots[:, None], state.k.shape[2]
+    place = jnp.where(valid, start[:, None] + jnp.arange(ids.shape[1])[None, :], whole)
+    k, v = gathered(k, like=state.k), gathered(v, like=state.v)
+    state = DecodeState(
+        k=state.k.at[:, row, place].set(_cached(k, state.k), mode="drop"),
+        v=state.v.at[:, row, place].set(_cached(v, state.v), mode="drop"),
+        length=state.length.at[slots].set(start + n, mode="drop"),
         next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
         control=jax.tree.map(
             lambda old, new: old.at[slots].set(new, mode="drop"), state.control, control
@@ -248,8 +305,8 @@ def decode(
         # A done slot keeps its length, so what is written for it lies beyond its end.
         grown = jnp.where(c.done, 0, 1)
         s = DecodeState(
-            k=s.k.at[:, rows, s.length].set(k[:, :, 0].astype(s.k.dtype), mode="drop"),
-            v=s.v.at[:, rows, s.length].set(v[:, :, 0].astype(s.v.dtype), mode="drop"),
+            k=s.k.at[:, rows, s.length].set(_cached(k[:, :, 0], s.k), mode="drop"),
+            v=s.v.at[:, rows, s.length].set(_cached(v[:, :, 0], s.v), mode="drop"),
             length=s.length + grown,
             next_pos=s.next_pos + grown,
             control=after,
@@ -310,6 +367,15 @@ def abstract_state(model: MultimodalLM, *, slots: int, length: int, layout: Layo
     cache = layout.cache(model.config.text, made.k.dtype, slots, length)
     others = jax.tree.map(lambda x: layout.whole(x.dtype, *x.shape), made)
     return replace(others, k=cache, v=cache)
+
+
+def _cached(new: Array, cache: Array) -> Array:
+    """Keys or values as a slot keeps them: never NaN or infinite.
+
+    The sequence that made such numbers fails by its logits in the same dispatch. Left in the slot
+    they would reach the next one there: a masked place has weight 0, and 0 * NaN is NaN.
+    """
+    return jnp.where(jnp.isfinite(new), new, 0).astype(cache.dtype)
 
 
 def _valid(ids: Array, n: Array) -> Array:

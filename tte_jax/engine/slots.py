@@ -1,8 +1,9 @@
 """Continuous batching: sequences enter and leave the decode slots while others go on.
 
-One thread owns the device. Each round it frees the slots of callers who have gone, fills free
-slots from the queue, and decodes a few tokens for all of them in one dispatch. A cancelled or
-expired sequence therefore gives its slot back within one dispatch.
+One thread owns the device. Each round it frees the slots of callers who have gone, gives free slots
+to what waits, reads a bounded part of the new prompts (`tte_jax.engine.prefill`), and decodes a few
+tokens for all others in one dispatch. A cancelled or expired sequence therefore gives its slot back
+within one dispatch, be it decoded or still read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import numpy as np
 
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Entry, RequestQueue, as_tte, complete
-from tte_jax.engine.buckets import Buckets, plan_batches
+from tte_jax.engine.buckets import Buckets
 from tte_jax.engine.executables import ExecutableTable
-from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
+from tte_jax.engine.inputs import ModelInput
+from tte_jax.engine.prefill import Dispatch, Filling, Prefill
+from tte_jax.engine.prefix_cache import PrefixCache
 from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
 from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
@@ -72,7 +75,8 @@ class Generated:
     Attributes:
       tokens: the new ids, forced ones and the stop token included.
       forced: whether the think block was closed by force.
-      cached_tokens: vision tokens of the prompt whose features were cached.
+      cached_tokens: tokens of the prompt whose work was saved: those of a kept prefix, and behind
+        it vision tokens whose features were cached.
       queue_s, compute_s: seconds waited, and seconds from leaving the queue to the end.
     """
 
@@ -85,9 +89,16 @@ class Generated:
 
 @dataclass
 class DecodeStats:
-    """Counters since the start."""
+    """Counters since the start.
+
+    Attributes:
+      prefills: batches of whole prompts.
+      appends: batches of pieces of prompts.
+      dispatches: of decoding.
+    """
 
     prefills: int = 0
+    appends: int = 0
     dispatches: int = 0
     tokens_out: int = 0
     slot_steps: int = 0
@@ -98,10 +109,15 @@ class DecodeStats:
 class _Occupant:
     entry: Entry
     job: Job
-    cached_tokens: int
+    filling: Filling
+    counted: bool = False
     tokens: list[int] = field(default_factory=list)
     closed: bool = False
     forced: bool = False
+
+    @property
+    def decoding(self) -> bool:
+        return not self.filling.left
 
 
 def think_limit(max_tokens: int, forced: int) -> int | None:
@@ -121,6 +137,7 @@ class DecodeLoop:
     """Slots of one model behind a `RequestQueue`.
 
     Args:
+      prefix_cache_bytes: device memory for the keys and values of shared beginnings of prompts.
       is_closed: says from the ids so far whether the thinking is over, for tokenizers that may
         spell `</think>` in several ways; None where the tag is one control token.
     """
@@ -133,6 +150,7 @@ class DecodeLoop:
         stops: Stops,
         *,
         vision: VisionEncoder | None,
+        prefix_cache_bytes: int = 64 * 2**20,
         queue: RequestQueue | None = None,
         is_closed: Callable[[list[int]], bool] | None = None,
     ) -> None:
@@ -140,21 +158,36 @@ class DecodeLoop:
         self._model = model
         self._buckets = buckets
         self._shapes = buckets.decode_shapes
-        self._vision = vision
         self._is_closed = is_closed
         self.queue = RequestQueue() if queue is None else queue
         self.stats = DecodeStats()
         self._slots: list[_Occupant | None] = [None] * buckets.slots
-        self._dtype = np.dtype(model.text.norm_d[...].dtype)
         self._state: DecodeState | None = None
         self._thread: threading.Thread | None = None
         self._abort = threading.Event()
-        self._declare(stops)
+        state = programs.abstract_state(
+            model, slots=buckets.slots, length=buckets.cache_length, layout=table.layout
+        )
+        self._prefill = Prefill(
+            table,
+            model,
+            buckets,
+            stops,
+            state,
+            vision=vision,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
+        self._declare(stops, state)
 
     @property
     def active(self) -> int:
         """How many slots are taken now."""
         return sum(o is not None for o in self._slots)
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """Shared beginnings of prompts that are kept."""
+        return self._prefill.prefixes
 
     def start(self) -> None:
         """Allocates the caches and starts the thread; after the table's warm-up. Idempotent."""
@@ -191,28 +224,8 @@ class DecodeLoop:
             self._abort.set()
             self._thread.join(timeout_s)
 
-    def _declare(self, stops: Stops) -> None:
+    def _declare(self, stops: Stops, state: DecodeState) -> None:
         b, lay = self._buckets, self._table.layout
-        state = programs.abstract_state(
-            self._model, slots=b.slots, length=b.cache_length, layout=lay
-        )
-        width = self._model.config.feature_size
-        for rows, tokens in b.prefill:
-            self._table.add(
-                "prefill",
-                (rows, tokens),
-                partial(programs.prefill, stops=stops),
-                state,
-                lay.rows(jnp.int32, rows, tokens),
-                lay.rows(jnp.int32, rows, 3, tokens),
-                lay.rows(jnp.int32, rows),
-                lay.whole(self._dtype, rows * tokens, width) if self._vision else None,
-                lay.rows(jnp.int32, rows, tokens) if self._vision else None,
-                lay.whole(jnp.int32, rows),
-                lay.whole(jnp.int32, rows),
-                jax.tree.map(lambda x, rows=rows: lay.whole(x.dtype, rows), state.control),
-                donate=(0,),
-            )
         for slots, places in b.decode_shapes:
             self._table.add(
                 "decode",
@@ -234,29 +247,27 @@ class DecodeLoop:
 
     def _work(self) -> None:
         while True:
-            entries: list[Entry] = []
             try:
                 self._reap()
                 free = [i for i, o in enumerate(self._slots) if o is None]
                 idle = len(free) == len(self._slots)
                 if free:
                     entries = self.queue.take(max_entries=len(free), block=idle, same_group=False)
-                    if entries:
-                        self._admit(entries, free)
-                    elif idle and self.queue.closed:
+                    self._seat(entries, free)
+                    if idle and not entries and self.queue.closed:
                         return
                 if self._abort.is_set():
                     self._fail_all(UnavailableError("the model is shutting down"))
                     return
-                if self.active:
+                self._read()
+                if any(o is not None and o.decoding for o in self._slots):
                     self._step()
             except Exception as error:
                 # What was on the device is lost with its caches; the thread goes on.
                 log.exception("a decode round failed")
-                for entry in entries:  # taken, and perhaps not in a slot yet
-                    complete(entry.future, error=as_tte(error))
                 self._fail_all(as_tte(error))
                 self._state = None
+                self.prefixes.cache.clear()
 
     def _reap(self) -> None:
         now = time.monotonic()
@@ -277,77 +288,83 @@ class DecodeLoop:
                 )
                 self._slots[slot] = None
 
-    def _admit(self, entries: list[Entry], free: list[int]) -> None:
+    def _seat(self, entries: list[Entry], free: list[int]) -> None:
+        for entry, slot in zip(entries, free, strict=False):
+            try:
+                filling = self._prefill.start(entry.payload.input, slot)
+            except Exception as error:
+                self._refuse(entry, error)
+                continue
+            self._slots[slot] = _Occupant(entry, entry.payload, filling)
+
+    def _read(self) -> None:
+        """Reads of the new prompts what may be read before the next decode dispatch."""
+        new = [o for o in self._slots if o is not None and not o.decoding]
+        if not new:
+            return
+        # Slots are taken in no order; whoever came first is read first.
+        new.sort(key=lambda o: o.entry.started_at)
+        self._state = self._state or self._empty_state()
+        fillings = [o.filling for o in new]
+        for filling in fillings:
+            cached = filling.cached_tokens
+            self._state = self._prefill.restore(self._state, filling)
+            self.queue.stats.cached_tokens += filling.cached_tokens - cached
+        for dispatch in self._prefill.plan(fillings):
+            self._run(dispatch)
+
+    def _run(self, dispatch: Dispatch) -> None:
+        occupants = [self._slots[f.slot] for f in dispatch.fillings]
+        assert all(o is not None for o in occupants)
+        some: list[_Occupant] = [o for o in occupants if o is not None]
+        cached = sum(f.cached_tokens for f in dispatch.fillings)
+        assert self._state is not None
         try:
-            self._state = self._state or self._empty_state()
-            plan = plan_batches(
-                [e.payload.input.tokens for e in entries], self._buckets.prefill, what="the prompt"
-            )
-            for batch in plan:
-                rows = [entries[i] for i in batch.rows]
-                slots, free = free[: len(rows)], free[len(rows) :]
-                self._prefill(batch.shape, rows, slots)
+            control = _control([o.job for o in some], dispatch.key[0])
+            self._state, *out = self._prefill.run(self._state, dispatch, control)
         except Exception as error:
             if self._state_lost():
                 raise
-            # Rows that were admitted before the error have their slots; the rest is tried one by
-            # one, so that only the row at fault fails.
-            placed = {id(o.entry) for o in self._slots if o is not None}
-            rest = [e for e in entries if id(e) not in placed and not e.dead]
-            if len(entries) == 1:
-                log.warning("a prompt could not be prefilled: %s", error, exc_info=error)
-                complete(entries[0].future, error=as_tte(error))
+            if len(some) == 1:
+                self._slots[dispatch.fillings[0].slot] = None
+                self._refuse(some[0].entry, error)
                 return
-            for entry in rest:
-                self._admit([entry], [i for i, o in enumerate(self._slots) if o is None])
+            for filling in dispatch.fillings:  # so that only the one at fault fails
+                for alone in self._prefill.plan([filling]):
+                    self._run(alone)
+            return
+        if dispatch.program == "prefill":
+            self.stats.prefills += 1
+        else:
+            self.stats.appends += 1
+        fresh = [o.entry for o in some if not o.counted]
+        stats = self.queue.stats
+        stats.ran(dispatch.shape, fresh, sum(dispatch.counts), again=len(some) - len(fresh))
+        stats.cached_tokens += sum(f.cached_tokens for f in dispatch.fillings) - cached
+        tokens, done, failed = jax.device_get(out)
+        for row, (occupant, count) in enumerate(zip(some, dispatch.counts, strict=True)):
+            occupant.counted = True
+            filling = occupant.filling
+            if failed[row]:
+                self._emit(filling.slot, [], done=True, failed=True)
+                continue
+            self._prefill.finish(self._state, filling, count)
+            if occupant.decoding:
+                occupant.forced = occupant.job.close_at <= 0
+                self._emit(filling.slot, [int(tokens[row])], bool(done[row]), failed=False)
 
-    def _prefill(self, shape: tuple[int, int], entries: list[Entry], slots: list[int]) -> None:
-        jobs: list[Job] = [e.payload for e in entries]
-        inputs = [job.input for job in jobs]
-        rows = shape[0]
-        ids, positions, n = pad_rows(inputs, shape)
-        vis = vis_idx = None
-        cached: list[int] = [0] * len(jobs)
-        if self._vision is not None:
-            features, known = self._vision.features(i for one in inputs for i in one.images)
-            cached = [
-                sum(len(features[i.key]) for i in one.images if i.key in known) for one in inputs
-            ]
-            width = self._model.config.feature_size
-            vis, vis_idx = place_features(inputs, shape, features, width=width, dtype=self._dtype)
-        where = np.full(rows, self._buckets.slots, np.int32)  # out of range: written nowhere
-        where[: len(slots)] = slots
-        next_pos = np.zeros(rows, np.int32)
-        next_pos[: len(jobs)] = [one.next_pos for one in inputs]
-        self._state, tokens, done, failed = self._table.run(
-            "prefill",
-            shape,
-            self._state,
-            ids,
-            positions,
-            n,
-            vis,
-            vis_idx,
-            where,
-            next_pos,
-            _control(jobs, rows),
-        )
-        self.stats.prefills += 1
-        self.queue.stats.ran(shape, entries, sum(one.tokens for one in inputs))
-        self.queue.stats.cached_tokens += sum(cached)
-        tokens, done, failed = jax.device_get((tokens, done, failed))
-        for row, (entry, slot) in enumerate(zip(entries, slots, strict=True)):
-            occupant = _Occupant(entry, jobs[row], cached[row])
-            occupant.forced = jobs[row].close_at <= 0
-            self._slots[slot] = occupant
-            self._emit(slot, [int(tokens[row])], bool(done[row]), bool(failed[row]))
+    def _refuse(self, entry: Entry, error: Exception) -> None:
+        log.warning("a prompt could not be prefilled: %s", error, exc_info=error)
+        complete(entry.future, error=as_tte(error))
 
     def _step(self) -> None:
-        alive = np.array([o is not None for o in self._slots])
+        alive = np.array([o is not None and o.decoding for o in self._slots])
         closed = np.array([o is not None and o.closed for o in self._slots])
         used = int(np.flatnonzero(alive)[-1]) + 1
         steps = self._buckets.decode_steps
-        needed = max(o.job.input.tokens + len(o.tokens) + steps for o in self._slots if o)
+        needed = max(
+            o.job.input.tokens + len(o.tokens) + steps for o in self._slots if o and o.decoding
+        )
         # The whole always fits: a sequence ends at its budget, whatever steps are left.
         shape = next((s for s in self._shapes if s[0] >= used and s[1] >= needed), self._shapes[-1])
         slots, _ = shape
@@ -361,7 +378,7 @@ class DecodeLoop:
         self.queue.ran(int((tokens != NO_TOKEN).sum()), time.monotonic() - start)
         for slot in range(slots):
             occupant = self._slots[slot]
-            if occupant is not None:
+            if occupant is not None and occupant.decoding:
                 occupant.forced |= bool(forced[slot] >= 0)
                 new = [int(t) for t in tokens[:, slot] if t != NO_TOKEN]
                 self._emit(slot, new, bool(done[slot]), bool(failed[slot]))
@@ -394,7 +411,7 @@ class DecodeLoop:
             result = Generated(
                 tokens=occupant.tokens,
                 forced=occupant.forced,
-                cached_tokens=occupant.cached_tokens,
+                cached_tokens=occupant.filling.cached_tokens,
                 queue_s=entry.queue_s,
                 compute_s=time.monotonic() - entry.started_at,
             )

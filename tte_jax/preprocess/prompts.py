@@ -266,7 +266,7 @@ class PromptSet:
     def rerank_prefix(
         self, query: str | Content, instruction: str = "", *, field: str = "query"
     ) -> Prompt:
-        """What all candidates of one query share; `prefix_length` is all of it.
+        """What all candidates of one query share; all of it is a prefix.
 
         Args:
           query: text, ECR text, or a content where the format has a place for media.

@@ -1,6 +1,7 @@
 """Prompts for real checkpoints: a role, the task, the form of the answer and one worked example.
 
-All that is the same for many inputs stands in the system turn, so that it can be prefilled once.
+All that is the same for many inputs stands first, so that it can be prefilled once: the system turn
+and, in a rewrite, what was searched for.
 The reranker's prompt is the one that Qwen3-Reranker was published with: its head was trained on
 those words.
 """
@@ -120,13 +121,13 @@ _WORDS = {
     ),
     (Task.REWRITE, Side.DOCUMENT): Words(
         job=(
-            "You get an item from a search result, how it was described before, and what was "
-            "searched for. Describe the item again with an eye on the points that the search "
-            "turns on. Report what is really there: where the item differs from what was "
-            "searched for, say so."
+            "You get what was searched for, an item from the result of that search, and how the "
+            "item was described before. Describe the item again with an eye on the points that "
+            "the search turns on. Report what is really there: where the item differs from what "
+            "was searched for, say so."
         ),
-        example_input="(a photograph of a grey cat asleep on a keyboard) Described before: a cat "
-        "resting at a desk. Searched for: a black cat lying on a laptop",
+        example_input="Searched for: a black cat lying on a laptop (a photograph of a grey cat "
+        "asleep on a keyboard) Described before: a cat resting at a desk",
         cues=(
             "The cat lies across the keys of a laptop, so the place agrees. Its fur is grey with "
             "darker stripes, not black."
@@ -222,10 +223,10 @@ def rerank_suffix(document: str) -> list[Piece]:
 
 
 def _user(turn: Turn, ask: str) -> list[Piece]:
-    lines: list[Piece] = [Special(IM_START), "user\n", *turn.media]
+    lines: list[Piece] = [Special(IM_START), "user\n"]
+    text = f"{turn.text}\n" if turn.text else ""
     if turn.task is Task.REWRITE:
-        described = f"Described before: {plain(turn.seen)}\nSearched for: {plain(turn.wanted)}"
-        lines.append(f"{turn.text}\n{described}\n{ask}" if turn.text else f"{described}\n{ask}")
-    else:
-        lines.append(f"{turn.text}\n{ask}" if turn.text else ask)
-    return [*lines, Special(IM_END), "\n"]
+        # What all rewrites of one search share goes before the candidate.
+        lines += [f"Searched for: {plain(turn.wanted)}\n", PrefixEnd()]
+        text += f"Described before: {plain(turn.seen)}\n"
+    return [*lines, *turn.media, f"{text}{ask}", Special(IM_END), "\n"]

@@ -60,7 +60,11 @@ class Ids:
 
 @dataclass(frozen=True)
 class PrefixEnd:
-    """What stands before is the same for many prompts; must be next to a `Special`."""
+    """What stands before is the same for many prompts: its keys and values are worth keeping.
+
+    Stands where a tokenizer cuts anyhow: next to a `Special`, or between the end of a line and a
+    text that begins with no space.
+    """
 
 
 Piece = str | Special | Tagged | MediaSlot | Ids | PrefixEnd
@@ -77,7 +81,7 @@ class Prompt:
       image_keys: content hash of each of them; the key for cached vision features.
       seconds: of each of them, seconds between temporal patches; 0 for still pictures.
       text: the prompt as text, each image as one pad token: for logs and tests.
-      prefix_length: how many leading ids are shared by all prompts of the same kind; 0 = none.
+      prefix_ends: the number of ids before each `PrefixEnd`, ascending.
       plain_positions: pads that do not follow vision start get text positions, as in transformers
         up to 4.52 (`mrope_mode` "legacy").
     """
@@ -87,7 +91,7 @@ class Prompt:
     image_keys: tuple[str, ...] = ()
     seconds: tuple[float, ...] = ()
     text: str = ""
-    prefix_length: int = 0
+    prefix_ends: tuple[int, ...] = ()
     plain_positions: bool = False
 
 
@@ -122,7 +126,7 @@ class _Assembly:
     keys: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     text: str = ""
-    prefix_length: int = 0
+    prefix_ends: list[int] = field(default_factory=list)
 
 
 def assemble(
@@ -211,7 +215,7 @@ def assemble(
                 place(piece)
             case PrefixEnd():
                 flush()
-                out.prefix_length = len(out.ids)
+                out.prefix_ends.append(len(out.ids))
     flush()
     return Prompt(
         ids=np.array(out.ids, np.int32),
@@ -219,6 +223,6 @@ def assemble(
         image_keys=tuple(out.keys),
         seconds=tuple(out.seconds),
         text=out.text,
-        prefix_length=out.prefix_length,
+        prefix_ends=tuple(out.prefix_ends),
         plain_positions=plain_positions,
     )
