@@ -101,7 +101,7 @@ class Results:
                 )
             self.content = before
             print(f"going on with {self.path}", flush=True)
-        self.content |= environment.describe("benchmarks.index")
+        self.content |= environment.describe("benchmarks.index", [])  # pieces have their options
         self.content["versions"] |= {name: metadata.version(name) for name in PACKAGES}
         self.content.setdefault("pieces", {})
 
