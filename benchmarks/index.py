@@ -288,7 +288,7 @@ def served(data: vectors.Data, config: Config, results: Results) -> None:
     results.step(
         ["served", "searches"],
         lambda: index_corpus.searches(
-            home, data, log, seconds=5 * config.seconds, rounds=config.rounds
+            home, data, log, seconds=2 * config.seconds, rounds=config.rounds
         ),
     )
 
