@@ -108,8 +108,8 @@ bench: $(VENV)/.installed
 bench-engine: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.engine
 
-# 100k and 1M vectors take long, most of it for the others' graphs; built indices are kept, and an
-# interrupted run goes on: BENCH_ARGS="--sizes 100000" for less.
+# 100k and 1M vectors take long, most of it for the others' graphs. Every finished piece is kept and
+# an interrupted run goes on; BENCH_ARGS="--sizes 100000 --contenders ours" does some pieces only.
 BENCH_ARGS ?=
 bench-index: $(VENV)/.installed
 	$(BIN)/python -c 'import faiss, hnswlib, usearch' 2>/dev/null || \

@@ -101,7 +101,7 @@ class Results:
                 )
             self.content = before
             print(f"going on with {self.path}", flush=True)
-        self.content |= environment.describe("benchmarks.index")
+        self.content |= environment.describe("benchmarks.index", [])  # pieces have their options
         self.content["versions"] |= {name: metadata.version(name) for name in PACKAGES}
         self.content.setdefault("pieces", {})
 
@@ -288,7 +288,7 @@ def served(data: vectors.Data, config: Config, results: Results) -> None:
     results.step(
         ["served", "searches"],
         lambda: index_corpus.searches(
-            home, data, log, seconds=5 * config.seconds, rounds=config.rounds
+            home, data, log, seconds=2 * config.seconds, rounds=config.rounds
         ),
     )
 

@@ -266,7 +266,7 @@ def _rate(call: Callable[[Any], Any], requests: list, callers: int, seconds: flo
     until = time.perf_counter() + seconds
 
     def work(me: int) -> None:
-        while time.perf_counter() < until:
+        while not counts[me] or time.perf_counter() < until:
             call(requests[(me + counts[me] * callers) % len(requests)])
             counts[me] += 1
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import code_tables, model_tables, quality_tables
+from benchmarks import code_tables, index_summary, model_tables, quality_tables
 from benchmarks.engine.summary import summary
 from benchmarks.environment import ROOT
 from benchmarks.markdown import table
@@ -82,6 +82,12 @@ def engine(result: Mapping[str, Any]) -> str:
     return summary(dict(result)) + _footnote(result)
 
 
+def index(result: Mapping[str, Any]) -> str:
+    """What every index does at enough recall, then the goals."""
+    speeds = table(index_summary.SPEEDS, result["speeds"])
+    return speeds + table(index_summary.GOALS, result["table"]) + _footnote(result)
+
+
 def loading(result: Mapping[str, Any]) -> str:
     """Peak of the host's memory by dtype of the parameters."""
     rows = [
@@ -132,6 +138,7 @@ MEASURED = {
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
     "engine": Measured("engine.json", "make bench-engine", engine),
+    "index": Measured("index.json", "make bench-index", index),
     "loading": Measured("load.json", "python -m benchmarks.load", loading),
     "startup": Measured("startup.json", "python -m benchmarks.startup", startup),
     "quantisation": Measured(

@@ -229,29 +229,24 @@ def search_batch_arguments(
             field="vectors",
             limit=limits.MAX_SEARCH_HITS,
         )
-    vectors = [codec.decode_vector(v, f"vectors[{i}]") for i, v in enumerate(request.vectors)]
-    for i, vector in enumerate(vectors):
-        if len(vector) != len(vectors[0]):
-            raise InvalidInputError(
-                f"vectors[{i}] has dimension {len(vector)}, vectors[0] has {len(vectors[0])}: "
-                "vectors of one batch have one dimension",
-                field=f"vectors[{i}].dimension",
-            )
+    vectors = codec.decode_vectors(request.vectors, "vectors")
     condition = (
         codec.decode_filter(request.filter, "filter") if request.HasField("filter") else None
     )
-    return np.stack(vectors), request.k, condition
+    return vectors, request.k, condition
 
 
 def search_batch_response(
     found: Sequence[Sequence[Hit]], usage: Usage, *, ids_only: bool
 ) -> index_pb2.SearchBatchResponse:
     """Raises InvalidInputError when the hits do not fit into a message."""
-    encode = codec.encode_bare_hit if ids_only else codec.encode_hit
-    response = index_pb2.SearchBatchResponse(
-        results=[index_pb2.SearchBatchResult(hits=[encode(h) for h in hits]) for hits in found],
-        usage=codec.encode_usage(usage),
-    )
+    response = index_pb2.SearchBatchResponse(usage=codec.encode_usage(usage))
+    for hits in found:
+        result = response.results.add()
+        if ids_only:
+            codec.encode_bare_hits(hits, result)
+        else:
+            result.hits.extend(map(codec.encode_hit, hits))
     # Ids alone always fit: there are at most 16,384.
     if not ids_only and (size := response.ByteSize()) > limits.MAX_MESSAGE_BYTES:
         raise InvalidInputError(

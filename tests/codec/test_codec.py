@@ -376,6 +376,23 @@ def test_bad_vectors_name_their_field(change: dict, field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         codec.decode_vector(vector_pb2.Vector(**{**good, **change}), "v")
     assert caught.value.field == field
+    with pytest.raises(InvalidInputError, match=r"v\[1\]") as caught:
+        codec.decode_vectors(
+            [vector_pb2.Vector(**good), vector_pb2.Vector(**{**good, **change})], "v"
+        )
+    assert caught.value.field is not None and caught.value.field.startswith("v[1]")
+
+
+def test_vectors_of_a_batch_are_what_each_is_alone():
+    rows = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    whole = [codec.encode_vector(row) for row in rows]
+    half = vector_pb2.Vector(
+        data=rows[2].astype("<f2").tobytes(), dtype=vector_pb2.DTYPE_FLOAT16, dimension=7
+    )
+    for messages in (whole, [*whole[:2], half, *whole[3:]], [half]):
+        together = codec.decode_vectors(messages, "v")
+        assert together.dtype == np.float32 and together.flags.writeable
+        np.testing.assert_array_equal(together, [codec.decode_vector(m, "v") for m in messages])
 
 
 @pytest.mark.parametrize(

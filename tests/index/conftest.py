@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 from tte_jax.index import CorpusIndex
 
 MISSING = [m for m in ("pymilvus", "milvus_lite") if importlib.util.find_spec(m) is None]
+if not MISSING:
+    # Its import shuts down all log handlers; absl's then closes its stream, which is the test run's
+    # own standard error when the import happens inside a runner that has replaced `sys.stderr`.
+    importlib.import_module("pymilvus")
 needs_milvus = pytest.mark.skipif(
     bool(MISSING), reason=f"the extra `milvus` is not installed: {', '.join(MISSING)} missing"
 )

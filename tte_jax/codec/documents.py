@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 from tte.v1 import document_pb2, index_pb2, vector_pb2
@@ -60,6 +62,30 @@ def decode_vector(message: vector_pb2.Vector, at: str) -> np.ndarray:
     return vector
 
 
+def decode_vectors(messages: Sequence[vector_pb2.Vector], at: str) -> np.ndarray:
+    """[Q, D] float32 of Q ≥ 1 vectors of one dimension, at a tenth of the cost of one by one.
+
+    Raises InvalidInputError as `decode_vector`, and when the dimensions differ.
+    """
+    first = messages[0]
+    for i, message in enumerate(messages):
+        if message.dimension != first.dimension:
+            raise InvalidInputError(
+                f"{at}[{i}] has dimension {message.dimension}, {at}[0] has {first.dimension}: "
+                "vectors of one batch have one dimension",
+                field=f"{at}[{i}].dimension",
+            )
+    size = 4 * first.dimension
+    if 1 <= first.dimension <= limits.MAX_DIMENSION and all(
+        m.dtype == vector_pb2.DTYPE_FLOAT32 and len(m.data) == size for m in messages
+    ):
+        joined = np.frombuffer(b"".join([m.data for m in messages]), "<f4")
+        vectors = joined.astype(np.float32).reshape(len(messages), first.dimension)
+        if np.isfinite(vectors).all():
+            return vectors
+    return np.stack([decode_vector(m, f"{at}[{i}]") for i, m in enumerate(messages)])
+
+
 def encode_document(document: Document, *, omit_media: bool = False) -> document_pb2.Document:
     content = text_only(document.content) if omit_media else document.content
     return document_pb2.Document(
@@ -112,9 +138,14 @@ def encode_hit(hit: Hit) -> index_pb2.Hit:
     )
 
 
-def encode_bare_hit(hit: Hit) -> index_pb2.Hit:
-    """Id and cosine only."""
-    return index_pb2.Hit(id=hit.id, cosine=hit.cosine)
+def encode_bare_hits(hits: Iterable[Hit], result: index_pb2.SearchBatchResult) -> None:
+    """Adds ids and cosines only to `result`, where they lie: a third of the cost of new messages,
+    which would be copied there."""
+    add = result.hits.add
+    for hit in hits:
+        message = add()
+        message.id = hit.id
+        message.cosine = hit.cosine
 
 
 def decode_hit(message: index_pb2.Hit) -> Hit:

@@ -58,8 +58,8 @@ class IndexConfig:
       search_threads: threads that share a batch of queries.
     """
 
-    exact_below: int = 20_000
-    tree_from: int = 100_000
+    exact_below: int = 5000
+    tree_from: int = 40_000
     delta_rows: int = 2048
     delta_share: float = 0.1
     recall_floor: float = 0.95

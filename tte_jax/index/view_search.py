@@ -103,7 +103,7 @@ def _ranked(
     scores: np.ndarray,
     queries: int,
     k: int,
-    ids: Sequence[str] | _Joined,
+    ids: list[str] | _Joined,
     metadata: Sequence[Metadata] | _Joined,
 ) -> list[list[Found]]:
     """The k best of each query by falling score, ties by rising id.
@@ -117,17 +117,10 @@ def _ranked(
     position = np.arange(len(of)) - borders[of]
     best = position < k
     kept = places[best].tolist()
-    found = list(
-        map(
-            Found._make,
-            zip(
-                map(ids.__getitem__, kept),
-                scores[best].tolist(),
-                map(metadata.__getitem__, kept),
-                strict=True,
-            ),
-        )
-    )
+    found = [
+        Found(ids[place], cosine, metadata[place])
+        for place, cosine in zip(kept, scores[best].tolist(), strict=True)
+    ]
     ends = np.minimum(np.diff(borders), k).cumsum().tolist()
     out = [found[start:end] for start, end in pairwise([0, *ends])]
     equal = (scores[1:] == scores[:-1]) & (of[1:] == of[:-1]) & best[:-1]
