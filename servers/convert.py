@@ -18,7 +18,7 @@ from tte_jax.content import Budget, Content, Document, Reasoning, Usage
 from tte_jax.errors import InvalidInputError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, Sampling, StagedVector
+from tte_jax.stages import Embedding, EmbedItem, Hit, IndexEntry, ReasonItem, Sampling, StagedVector
 
 T = TypeVar("T")
 
@@ -40,9 +40,13 @@ def reason_delta(index: int, text: str, tokens: int) -> reasoner_pb2.ReasonRespo
     return reasoner_pb2.ReasonResponse(delta=delta)
 
 
-def reason_result(index: int, reasoning: Reasoning) -> reasoner_pb2.ReasonResponse:
+def reason_result(
+    index: int, reasoning: Reasoning, embedding: Embedding | None = None
+) -> reasoner_pb2.ReasonResponse:
     result = reasoner_pb2.ReasonResult(
-        input_index=index, reasoning=codec.encode_reasoning(reasoning)
+        input_index=index,
+        reasoning=codec.encode_reasoning(reasoning),
+        embedding=None if embedding is None else codec.encode_embedding(embedding),
     )
     return reasoner_pb2.ReasonResponse(result=result)
 

@@ -26,6 +26,7 @@ from tte_jax.engine.buckets import Buckets, plan_batches
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
 from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
+from tte_jax.engine.slot_embedding import Continuation, SlotEmbedder, SlotVector
 from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import DeadlineExceededError, InternalError, TteError, UnavailableError
@@ -52,6 +53,9 @@ class Job:
       temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
       on_tokens: called on the device thread with each dispatch's new ids and whether they are the
         last; must not block.
+      embed: from the new ids to what the embedder's sequence has beyond them, or None where that
+        cannot be said; called on the device thread, once, when the sequence has ended. None = the
+        sequence is not embedded.
     """
 
     input: ModelInput
@@ -63,6 +67,7 @@ class Job:
     seed: int = 0
     stop: StopTexts | None = None
     on_tokens: Callable[[list[int], bool], None] | None = None
+    embed: Callable[[list[int]], Continuation | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Generated:
       tokens: the new ids, forced ones and the stop token included.
       forced: whether the think block was closed by force.
       cached_tokens: vision tokens of the prompt whose features were cached.
-      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the end.
+      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the last token.
+      embedding: of the sequence, where it was asked for and could be made from its slot.
     """
 
     tokens: list[int]
@@ -81,6 +87,7 @@ class Generated:
     cached_tokens: int
     queue_s: float
     compute_s: float
+    embedding: SlotVector | None = None
 
 
 @dataclass
@@ -92,6 +99,7 @@ class DecodeStats:
     tokens_out: int = 0
     slot_steps: int = 0
     cancelled: int = 0
+    embedded: int = 0
 
 
 @dataclass(eq=False)
@@ -123,6 +131,7 @@ class DecodeLoop:
     Args:
       is_closed: says from the ids so far whether the thinking is over, for tokenizers that may
         spell `</think>` in several ways; None where the tag is one control token.
+      embeds: whether jobs may ask for embeddings; compiles the programs for it.
     """
 
     def __init__(
@@ -135,6 +144,7 @@ class DecodeLoop:
         vision: VisionEncoder | None,
         queue: RequestQueue | None = None,
         is_closed: Callable[[list[int]], bool] | None = None,
+        embeds: bool = False,
     ) -> None:
         self._table = table
         self._model = model
@@ -149,7 +159,8 @@ class DecodeLoop:
         self._state: DecodeState | None = None
         self._thread: threading.Thread | None = None
         self._abort = threading.Event()
-        self._declare(stops)
+        state = self._declare(stops)
+        self._embedder = SlotEmbedder(table, buckets, state) if embeds else None
 
     @property
     def active(self) -> int:
@@ -191,7 +202,7 @@ class DecodeLoop:
             self._abort.set()
             self._thread.join(timeout_s)
 
-    def _declare(self, stops: Stops) -> None:
+    def _declare(self, stops: Stops) -> DecodeState:
         b, lay = self._buckets, self._table.layout
         state = programs.abstract_state(
             self._model, slots=b.slots, length=b.cache_length, layout=lay
@@ -225,6 +236,7 @@ class DecodeLoop:
                 lay.whole(jnp.bool_, b.slots),
                 donate=(0,),
             )
+        return state
 
     def _empty_state(self) -> DecodeState:
         b = self._buckets
@@ -336,11 +348,14 @@ class DecodeLoop:
         self.queue.stats.ran(shape, entries, sum(one.tokens for one in inputs))
         self.queue.stats.cached_tokens += sum(cached)
         tokens, done, failed = jax.device_get((tokens, done, failed))
+        ended: list[int] = []
         for row, (entry, slot) in enumerate(zip(entries, slots, strict=True)):
             occupant = _Occupant(entry, jobs[row], cached[row])
             occupant.forced = jobs[row].close_at <= 0
             self._slots[slot] = occupant
-            self._emit(slot, [int(tokens[row])], bool(done[row]), bool(failed[row]))
+            if self._emit(slot, [int(tokens[row])], bool(done[row]), bool(failed[row])):
+                ended.append(slot)
+        self._release(ended)
 
     def _step(self) -> None:
         alive = np.array([o is not None for o in self._slots])
@@ -359,14 +374,18 @@ class DecodeLoop:
         self.stats.dispatches += 1
         self.stats.slot_steps += tokens.size
         self.queue.ran(int((tokens != NO_TOKEN).sum()), time.monotonic() - start)
+        ended: list[int] = []
         for slot in range(slots):
             occupant = self._slots[slot]
             if occupant is not None:
                 occupant.forced |= bool(forced[slot] >= 0)
                 new = [int(t) for t in tokens[:, slot] if t != NO_TOKEN]
-                self._emit(slot, new, bool(done[slot]), bool(failed[slot]))
+                if self._emit(slot, new, bool(done[slot]), bool(failed[slot])):
+                    ended.append(slot)
+        self._release(ended)
 
-    def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> None:
+    def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> bool:
+        """Takes a slot's new tokens in; returns whether its sequence has ended."""
         occupant = self._slots[slot]
         assert occupant is not None
         entry = occupant.entry
@@ -380,7 +399,7 @@ class DecodeLoop:
                     "the model produced logits that are not finite numbers", reason="NAN"
                 ),
             )
-            return
+            return False
         if not done and occupant.job.stop is not None:
             done = occupant.job.stop.reached(occupant.tokens)
         if new and occupant.job.on_tokens is not None and not entry.dead:
@@ -389,19 +408,50 @@ class DecodeLoop:
             except Exception as error:
                 log.exception("a listener of generated tokens failed")
                 complete(entry.future, error=as_tte(error))
-        if done:
+        if not done and self._is_closed is not None and not occupant.closed:
+            occupant.closed = self._is_closed(occupant.tokens)
+        return done
+
+    def _release(self, ended: Sequence[int]) -> None:
+        """Completes the sequences of these slots, embedded if they ask for it, and frees them."""
+        occupants = [(slot, o) for slot in ended if (o := self._slots[slot]) is not None]
+        now = time.monotonic()
+        embeddings = self._embed(occupants)
+        for slot, occupant in occupants:
+            entry = occupant.entry
             self._slots[slot] = None
             result = Generated(
                 tokens=occupant.tokens,
                 forced=occupant.forced,
                 cached_tokens=occupant.cached_tokens,
                 queue_s=entry.queue_s,
-                compute_s=time.monotonic() - entry.started_at,
+                compute_s=now - entry.started_at,
+                embedding=embeddings.get(slot),
             )
             if complete(entry.future, result=result):
                 self.queue.stats.completed += 1
-        elif self._is_closed is not None and not occupant.closed:
-            occupant.closed = self._is_closed(occupant.tokens)
+
+    def _embed(self, occupants: Sequence[tuple[int, _Occupant]]) -> dict[int, SlotVector]:
+        """Embeddings by slot; without those that cannot be made here, which others then make."""
+        if self._embedder is None or self._state is None:
+            return {}
+        made: dict[int, SlotVector] = {}
+        try:
+            wanted = [
+                (slot, rest)
+                for slot, o in occupants
+                if o.job.embed and not o.entry.dead and (rest := o.job.embed(o.tokens))
+            ]
+            for (slot, _), one in zip(
+                wanted, self._embedder.embed(self._state, wanted), strict=True
+            ):
+                if one is not None:
+                    made[slot] = one
+        except Exception:  # the reasonings are whole without it
+            log.exception("slots could not be embedded")
+        self.stats.embedded += len(made)
+        self.queue.stats.cached_tokens += sum(one.reused for one in made.values())
+        return made
 
     def _fail_all(self, error: TteError) -> None:
         for slot, occupant in enumerate(self._slots):
