@@ -41,8 +41,7 @@ class Cascade:
       caps: the longest one call of a stage may take in a search.
       pace: what the stages have been taking lately.
       next_embedder: takes the embedder's place when the corpus changes over to its vectors.
-      reasoner_version, embedder_version: of the models that answered last; empty = not known. Equal
-        versions mean that one model may do both, so the reasoner is asked to embed as well.
+      reasoner_version, embedder_version: of the models that answered last; empty = not known.
     """
 
     def __init__(
@@ -79,6 +78,13 @@ class Cascade:
         log.warning("the corpus holds vectors of %s: changing over", self.expected_version)
         return True
 
+    @property
+    def unified(self) -> bool:
+        """Whether the reasoner may be able to embed in the embedder's place: it knows how to be
+        asked, and both answered last with one and the same model."""
+        same = self.reasoner_version == self.embedder_version != ""
+        return same and isinstance(self.reasoner, EmbeddingReasonerStage)
+
     async def reason(
         self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None
     ) -> tuple[tuple[list[Reasoning], list[Embedding | None]], Usage]:
@@ -89,11 +95,7 @@ class Cascade:
         """
         stage, version = self.reasoner, self.embedder_version
         embeddings: list[Embedding | None] = [None] * len(items)
-        if (
-            version
-            and version == self.reasoner_version
-            and isinstance(stage, EmbeddingReasonerStage)
-        ):
+        if self.unified and isinstance(stage, EmbeddingReasonerStage):
             reasonings, embeddings, usage = await stage.reason_and_embed(
                 items, max_tokens=max_tokens, timeout_s=timeout_s
             )

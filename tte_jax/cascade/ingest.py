@@ -44,7 +44,6 @@ from tte_jax.errors import (
     UnsupportedError,
 )
 from tte_jax.stages import (
-    EmbeddingReasonerStage,
     EmbedItem,
     IndexEntry,
     ReasonItem,
@@ -252,8 +251,8 @@ class Ingest:
                     self._spent(embedding.usage)
             return list(works)
 
-        if isinstance(self.cascade.reasoner, EmbeddingReasonerStage):
-            await self._current_versions()  # of now, before an empty corpus takes any vector
+        if self.cascade.unified:
+            await self._current_versions()  # of now: an empty corpus takes whatever comes first
         known = await self._reasoned_before(batch)
         todo = [work for work in batch if work.position not in known]
         done = await self._isolated(todo, call) if todo else []

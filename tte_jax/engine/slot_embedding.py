@@ -86,14 +86,14 @@ def continuation(
         all but some of the text after its last image).
 
     Returns:
-      None when they part within or before an image.
+      None when they part within or before an image, or have nothing in common.
     """
     read = np.concatenate([asked.ids, np.asarray(generated[:-1], np.int32)])
     most = min(len(read), len(wanted) - 1)  # at least one token is run, whose state is pooled
     differ = np.flatnonzero(read[:most] != wanted[:most])
     reused = int(differ[0]) if len(differ) else most
     media = np.flatnonzero(asked.is_media)
-    if reused <= (media[-1] if len(media) else -1):
+    if reused <= (media[-1] if len(media) else 0):
         return None
     # From the last image on, positions count with the tokens.
     position = asked.next_pos + reused - asked.tokens
