@@ -16,8 +16,9 @@ ITEMS = [ReasonItem(Content.of(text), Side.QUERY) for text in ("ask", "other")]
 
 
 async def test_vectors_and_what_they_cost_survive_the_wire():
-    fakes = Fakes(reasoner=UnifiedReasoner({"ask": ecr("so", "aab"), "other": ecr("so", "b")}))
-    fakes.reasoner.unable = {"other"}
+    fake = UnifiedReasoner({"ask": ecr("so", "aab"), "other": ecr("so", "b")})
+    fake.unable = {"other"}
+    fakes = Fakes(reasoner=fake)
     async with stages(fakes) as address:
         reasoner = RemoteReasoner(address)
         assert isinstance(reasoner, EmbeddingReasonerStage)
@@ -32,7 +33,7 @@ async def test_vectors_and_what_they_cost_survive_the_wire():
     np.testing.assert_array_equal(one.vector, letters("aab"))
     assert one.usage == Usage("embed", 6, 0, 5, 0.0, 0.125, "unified-1", within="reason")
     assert (usage.stage, usage.model_version) == ("reason", "unified-1")
-    assert fakes.reasoner.asked_to_embed == ["ask", "other"]
+    assert fake.asked_to_embed == ["ask", "other"]
 
 
 async def test_a_refusal_is_remembered_until_another_model_answers():
