@@ -214,6 +214,19 @@ def test_an_ingest_takes_the_vectors_of_the_reasoner():
     assert usage["embed", ""].tokens_in == 2 * 5
 
 
+def test_an_ingest_finds_out_by_itself():
+    """Its first batch is embedded by the embedder; from the moment that answers, no other is."""
+    system = System()
+    names = [f"d{n}" for n in range(12)]
+    updates = system.ingest(*names, batch_documents=2)
+    assert updates[-1].stored == 12
+    taken = len(system.reasoner.asked_to_embed)
+    assert 4 <= taken <= 10
+    questions = [item.content.text for item in system.embedder.items].count("version")
+    assert len(system.embedder.items) == 12 - taken + questions and questions == 1
+    assert {system.index.entries[name].embedder_version for name in names} == {"unified-1"}
+
+
 def test_an_ingest_asks_whose_vectors_are_wanted_now():
     """An empty corpus would take any: the embedder was replaced since the last search."""
     system = System()

@@ -303,6 +303,7 @@ class Ingest:
                 raise InternalError(
                     "the embedder answered with an unusable vector", reason="NOT_FINITE"
                 )
+            self.cascade.embedder_version = usage.model_version
             for work, vector in zip(works, vectors, strict=True):
                 work.vector, work.embedder_version = vector, usage.model_version
             return list(works)
