@@ -145,8 +145,8 @@ class SlotEmbedder:
         """Args: the table, the ladder and the shapes of the decode state (`abstract_state`)."""
         self._table = table
         self._slots = buckets.slots
-        # As many at once as decoding knows, since a row reads a whole cache: 1, 4 and 16 rows of the
-        # built-in model take 2.7, 4.6 and 13.4 ms of one core. Few need a long rest.
+        # As many at once as decoding knows, since a row reads a whole cache: 1, 4 and 16 rows of
+        # the built-in model take 2.7, 4.6 and 13.4 ms of one core. Few need a long rest.
         rows = sorted({1, *(n for n, _ in buckets.decode_shapes)})
         self.shapes: tuple[Shape, ...] = (*((n, SHORT) for n in rows), (1, LONG))
         lay = table.layout
