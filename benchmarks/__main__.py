@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "search": "latency by stage, warm, with one client and with four",
+    "unified": "embedding in the reasoner's slots against a call of the embedder",
     "engine": "the engine against PyTorch, its own services and the machine's limits",
     "load": "peak of the host's memory while weights are loaded, against the weights",
     "quantisation": "int8 weights: embeddings, speed and memory against float32",

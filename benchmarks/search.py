@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
     """Figures of one kind of query: times to the rankings, and each stage's times and tokens.
 
     A stage's wall time is what the gateway saw, transport included; queue and compute times are
-    the stage's own.
+    the stage's own. `within` counts the queries for which another stage did its work, by that one.
     """
     stages: dict[str, Any] = {}
     for name in dict.fromkeys(u.stage for s in samples for u in s.last.usage):
@@ -153,6 +154,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
             "tokens_in": round(float(np.mean([u.tokens_in for u in used])), 1),
             "tokens_out": round(float(np.mean([u.tokens_out for u in used])), 1),
             "cached_tokens": round(float(np.mean([u.cached_tokens for u in used])), 1),
+            "within": dict(Counter(u.within for u in used if u.within)),
         }
     return {
         "queries": len(samples),

@@ -45,12 +45,19 @@ def latency(result: Mapping[str, Any]) -> str:
     for kind, figures in kinds.items():
         times = [_pair(figures[name]) for name in ("first_ranking", "final")]
         used = figures["stages"]
-        walls = [f"{used[s]['wall']['p50_ms']:.0f}" if s in used else "–" for s in stages]
+        walls = [_wall(used[s]) if s in used else "–" for s in stages]
         tokens = used.get("reason", {}).get("tokens_out", 0)
         rows.append([kind, *times, *walls, f"{tokens:.0f}"])
     head = ["query", "first ranking, p50 / p95 ms", "final, p50 / p95 ms",
             *(f"{s}, p50 ms" for s in stages), "tokens reasoned"]  # fmt: skip
     return table(head, rows) + _footnote(result)
+
+
+def _wall(stage: Mapping[str, Any]) -> str:
+    """p50 in ms; of a stage whose work another one did for most queries, which one."""
+    if not stage["wall"]["p50_ms"] and (within := stage.get("within")):
+        return f"in {max(within, key=within.get)}"
+    return f"{stage['wall']['p50_ms']:.0f}"
 
 
 def load(result: Mapping[str, Any]) -> str:

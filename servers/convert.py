@@ -19,6 +19,7 @@ from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.filters import Filter
 from tte_jax.mining import Mined
 from tte_jax.stages import (
+    Embedding,
     EmbedItem,
     Hit,
     IndexEntry,
@@ -48,9 +49,13 @@ def reason_delta(index: int, text: str, tokens: int) -> reasoner_pb2.ReasonRespo
     return reasoner_pb2.ReasonResponse(delta=delta)
 
 
-def reason_result(index: int, reasoning: Reasoning) -> reasoner_pb2.ReasonResponse:
+def reason_result(
+    index: int, reasoning: Reasoning, embedding: Embedding | None = None
+) -> reasoner_pb2.ReasonResponse:
     result = reasoner_pb2.ReasonResult(
-        input_index=index, reasoning=codec.encode_reasoning(reasoning)
+        input_index=index,
+        reasoning=codec.encode_reasoning(reasoning),
+        embedding=None if embedding is None else codec.encode_embedding(embedding),
     )
     return reasoner_pb2.ReasonResponse(result=result)
 

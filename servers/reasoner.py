@@ -36,6 +36,7 @@ class ReasonerServicer(reasoner_pb2_grpc.ReasonerServiceServicer):
             timeout_s=time_left(context),
             sampling=sampling,
             deltas=not request.omit_deltas,
+            embed=request.embed,
         )
         # Closed at once when the call is cancelled, which frees its decode slots.
         async with aclosing(events):
@@ -43,16 +44,19 @@ class ReasonerServicer(reasoner_pb2_grpc.ReasonerServiceServicer):
                 match event:
                     case Delta(index, text, tokens):
                         yield convert.reason_delta(index, text, tokens)
-                    case Finished(index, reasoning):
+                    case Finished(index, reasoning, embedding=embedding):
                         finished.append(event)
-                        yield convert.reason_result(index, reasoning)
+                        yield convert.reason_result(index, reasoning, embedding)
         role = self._stage.role
         yield convert.reason_usage(total(role.stage, role.version, finished))
 
     async def Info(
         self, request: reasoner_pb2.ReasonerServiceInfoRequest, context: grpc.aio.ServicerContext
     ) -> reasoner_pb2.ReasonerServiceInfoResponse:
-        return reasoner_pb2.ReasonerServiceInfoResponse(model=model_info(self._stage.role))
+        role = self._stage.role
+        info = model_info(role, dimension=role.dimension)
+        info.embeds_reasonings = role.embeds
+        return reasoner_pb2.ReasonerServiceInfoResponse(model=info)
 
 
 async def create(settings: Settings) -> Service:
@@ -71,5 +75,6 @@ async def create(settings: Settings) -> Service:
             "active_slots": lambda: role.loop.active,
             "tokens_generated": lambda: role.loop.stats.tokens_out,
             "slot_steps": lambda: role.loop.stats.slot_steps,
+            "slots_embedded": lambda: role.loop.stats.embedded,
         },
     )

@@ -169,6 +169,9 @@ class Usage:
 
     `wall_s` is what the caller saw, transport included; only the caller can fill it in, so a
     stage leaves it at 0 and the cascade sets it.
+
+    `within` names the stage in whose call the work was done (a unified model embeds within
+    `reason`); it has no call of its own then, so no wall time. Empty = a call of its own.
     """
 
     stage: str
@@ -179,6 +182,7 @@ class Usage:
     compute_s: float = 0.0
     model_version: str = ""
     wall_s: float = 0.0
+    within: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tte_jax.errors import DeadlineExceededError
 from tte_jax.listwise import ListwiseReranker
 from tte_jax.reasoner import Delta, Finished, Reasoner, total
 from tte_jax.reranker import Reranker
-from tte_jax.stages import GREEDY, EmbedItem, Order, ReasonItem, Sampling
+from tte_jax.stages import GREEDY, Embedding, EmbedItem, Order, ReasonItem, Sampling
 
 T = TypeVar("T")
 
@@ -46,10 +46,32 @@ class LocalReasoner:
 
         Raises: as `Reasoner.prepare` and `Reasoner.submit`, and DeadlineExceededError.
         """
-        async with _within(timeout_s) as deadline:
-            futures = await self._start(items, max_tokens, sampling, deadline, None)
-            finished = await _gather(futures)
+        finished = await self._finished(items, max_tokens, timeout_s, sampling=sampling)
         return [f.reasoning for f in finished], total(self.role.stage, self.role.version, finished)
+
+    async def reason_and_embed(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
+        """One ECR per item and, of a unified model, the embedding with it.
+
+        Raises: as `reason`.
+        """
+        finished = await self._finished(items, max_tokens, timeout_s, embed=self.role.embeds)
+        usage = total(self.role.stage, self.role.version, finished)
+        return [f.reasoning for f in finished], [f.embedding for f in finished], usage
+
+    async def _finished(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int,
+        timeout_s: float | None,
+        *,
+        sampling: Sampling = GREEDY,
+        embed: bool = False,
+    ) -> list[Finished]:
+        async with _within(timeout_s) as deadline:
+            futures = await self._start(items, max_tokens, sampling, deadline, None, embed=embed)
+            return await _gather(futures)
 
     async def stream(
         self,
@@ -59,10 +81,12 @@ class LocalReasoner:
         timeout_s: float | None = None,
         sampling: Sampling = GREEDY,
         deltas: bool = True,
+        embed: bool = False,
     ) -> AsyncGenerator[Delta | Finished]:
         """Deltas of all items as they come, and each item's `Finished`.
 
-        Closing the iterator (or cancelling its task) frees the slots.
+        Closing the iterator (or cancelling its task) frees the slots. `embed`: see
+        `Reasoner.prepare`.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Delta | Finished | BaseException] = asyncio.Queue()
@@ -79,7 +103,7 @@ class LocalReasoner:
         try:
             async with _within(timeout_s) as deadline:
                 futures = await self._start(
-                    items, max_tokens, sampling, deadline, post if deltas else None
+                    items, max_tokens, sampling, deadline, post if deltas else None, embed=embed
                 )
                 for future in futures:
                     future.add_done_callback(done)
@@ -102,7 +126,11 @@ class LocalReasoner:
         sampling: Sampling,
         deadline: float | None,
         on_delta: Callable[[Delta], None] | None,
+        *,
+        embed: bool,
     ) -> list[Future[Finished]]:
+        if embed:
+            self.role.check_embeds()
         await _warm(self.role)
         jobs = await _on_host(
             self.role,
@@ -112,6 +140,7 @@ class LocalReasoner:
                     item,
                     max_tokens,
                     sampling=sampling,
+                    embed=embed,
                     field=f"inputs[{i}].content",
                 )
                 for i, item in enumerate(items)

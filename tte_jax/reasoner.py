@@ -10,17 +10,19 @@ from dataclasses import dataclass, replace
 
 from tte_jax.content import NO_REASONING, Reasoning, Usage
 from tte_jax.engine.batcher import RequestQueue, as_tte, complete
-from tte_jax.engine.buckets import smallest
+from tte_jax.engine.buckets import longest, smallest
 from tte_jax.engine.inputs import model_input
 from tte_jax.engine.programs import Stops
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
+from tte_jax.engine.slot_embedding import Continuation, continuation
 from tte_jax.engine.slots import DecodeLoop, Generated, Job, think_limit
 from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.preprocess.ecr import END_THINK, parse_ecr
-from tte_jax.stages import GREEDY, ReasonItem, Sampling
+from tte_jax.preprocess.template import Prompt
+from tte_jax.stages import GREEDY, Embedding, ReasonItem, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Finished:
-    """Input `index` is done. `usage` is its own share."""
+    """Input `index` is done. `usage` is its own share.
+
+    `embedding` is there when it was asked for and could be made of the slot's cache.
+    """
 
     index: int
     reasoning: Reasoning
     usage: Usage
+    embedding: Embedding | None = None
 
 
 class Reasoner(Role):
@@ -87,6 +93,7 @@ class Reasoner(Role):
             prefix_cache_bytes=prefix_cache_bytes,
             queue=self.queue,
             is_closed=None if one_token else lambda ids: END_THINK in tokenizer.decode(ids),
+            embeds=self.embeds,
         )
 
     @property
@@ -97,6 +104,27 @@ class Reasoner(Role):
     @property
     def max_sequence_tokens(self) -> int:
         return self.served.buckets.cache_length
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model is a unified one: it may embed as well, and as an embedder it reads on
+        where the reasoner stopped, so that `prepare(embed=True)` costs a few tokens."""
+        return "embedder" in self.served.roles and self.served.prompts.unified
+
+    @property
+    def dimension(self) -> int:
+        """D of the embeddings; 0 for a model that only reasons."""
+        return self.served.config.text.hidden_size if self.embeds else 0
+
+    def check_embeds(self) -> None:
+        """Raises UnsupportedError unless `embeds`."""
+        if not self.embeds:
+            raise UnsupportedError(
+                f"{self.served.name} cannot embed what it has reasoned about: that takes a unified "
+                "model, whose tte.json names both roles and whose embedder reads the reasoner's "
+                "prompt on. Leave `embed` out and send the reasonings to the embedder",
+                reason="NOT_UNIFIED",
+            )
 
     def reason(
         self,
@@ -122,13 +150,44 @@ class Reasoner(Role):
         sampling: Sampling = GREEDY,
     ) -> tuple[list[Reasoning], Usage]:
         """`reason` with what it cost."""
+        finished = self._run(items, max_tokens, sampling=sampling)
+        return [f.reasoning for f in finished], total(self.stage, self.version, finished)
+
+    def reason_and_embed(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int = 64,
+        *,
+        sampling: Sampling = GREEDY,
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
+        """`run`, and the embedding of each item with its ECR; None where `prepare` says so, or
+        where the budget is too small for any reasoning.
+
+        Raises: as `reason`, and UnsupportedError for a model that is not unified.
+        """
+        finished = self._run(items, max_tokens, sampling=sampling, embed=True)
+        usage = total(self.stage, self.version, finished)
+        return [f.reasoning for f in finished], [f.embedding for f in finished], usage
+
+    def _run(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int,
+        *,
+        sampling: Sampling,
+        embed: bool = False,
+    ) -> list[Finished]:
         self.warmup()
         futures: list[Future[Finished]] = []
         try:
             for offset, window in windows(items):
                 jobs = self.prepare_all(
                     lambda i, item, at=offset: self.prepare(
-                        item, max_tokens, sampling=sampling, field=f"inputs[{at + i}].content"
+                        item,
+                        max_tokens,
+                        sampling=sampling,
+                        embed=embed,
+                        field=f"inputs[{at + i}].content",
                     ),
                     window,
                 )
@@ -137,8 +196,7 @@ class Reasoner(Role):
             for future in futures:
                 future.cancel()
             raise
-        finished = results(futures)
-        return [f.reasoning for f in finished], total(self.stage, self.version, finished)
+        return results(futures)
 
     def stream(
         self,
@@ -187,17 +245,25 @@ class Reasoner(Role):
         max_tokens: int,
         *,
         sampling: Sampling = GREEDY,
+        embed: bool = False,
         field: str = "content",
     ) -> Job | None:
         """Decodes, patchifies and tokenises one item; host work for a pool thread.
+
+        Args:
+          embed: also embed the content with its ECR, from the slot's cache. The vector equals the
+            embedder's; it is missing for a rewrite or a forced task, for a sequence longer than
+            the embedder takes, and where much of the ECR has to be read again.
 
         Returns:
           What `submit` takes; None when the budget is too small for any reasoning.
 
         Raises:
           InvalidInputError: bad content, or a prompt above this model's limits.
-          UnsupportedError: media for a text model.
+          UnsupportedError: media for a text model, or `embed` of a model that is not unified.
         """
+        if embed:
+            self.check_embeds()
         if max_tokens < 0:
             raise InvalidInputError(
                 f"max_tokens: {max_tokens} is below 0",
@@ -214,7 +280,7 @@ class Reasoner(Role):
         close_at = think_limit(max_tokens, len(self._forced))
         if close_at is None:
             return None
-        return Job(
+        job = Job(
             one,
             max_tokens=max_tokens,
             close_at=close_at,
@@ -226,6 +292,23 @@ class Reasoner(Role):
             if sampling.stop
             else None,
         )
+        if not embed:
+            return job
+        return replace(job, embed=self._continuing(item, prompt, job))
+
+    def _continuing(
+        self, item: ReasonItem, prompt: Prompt, job: Job
+    ) -> Callable[[list[int]], Continuation | None]:
+        most = longest(self.served.buckets.embed)
+
+        def continuing(tokens: list[int]) -> Continuation | None:
+            text = self._text(job, tokens)
+            wanted = self.served.prompts.embed_ids(item, prompt, parse_ecr(text).text)
+            if wanted is None or len(wanted) > most:
+                return None
+            return continuation(job.input, tokens, wanted)
+
+        return continuing
 
     def submit(
         self,
@@ -302,9 +385,7 @@ class Reasoner(Role):
         return out
 
     def _finished(self, index: int, job: Job, made: Generated) -> Finished:
-        text = self.served.prompts.tokenizer.decode(made.tokens)
-        if job.stop is not None:
-            text = job.stop.cut(text)
+        text = self._text(job, made.tokens)
         reasoning = parse_ecr(text, tokens=len(made.tokens), truncated=made.forced)
         usage = Usage(
             self.stage,
@@ -315,7 +396,22 @@ class Reasoner(Role):
             compute_s=made.compute_s,
             model_version=self.version,
         )
-        return Finished(index, reasoning, usage)
+        embedding = None
+        if (vector := made.embedding) is not None:
+            spent = Usage(
+                "embed",
+                tokens_in=vector.tokens,
+                cached_tokens=vector.reused,
+                compute_s=vector.compute_s,
+                model_version=self.version,
+                within=self.stage,
+            )
+            embedding = Embedding(vector.vector, spent)
+        return Finished(index, reasoning, usage, embedding)
+
+    def _text(self, job: Job, tokens: list[int]) -> str:
+        text = self.served.prompts.tokenizer.decode(tokens)
+        return text if job.stop is None else job.stop.cut(text)
 
     def _start(self) -> None:
         self.loop.start()

@@ -179,11 +179,31 @@ class Promoted(NamedTuple):
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A vector ([D] float32, L2-normalised) and what it cost; `usage` has the model's version."""
+
+    vector: np.ndarray
+    usage: Usage
+
+
 class ReasonerStage(Protocol):
     async def reason(
         self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
     ) -> tuple[list[Reasoning], Usage]:
         """One ECR per item, in order; at most `max_tokens` new tokens each (hard limit)."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingReasonerStage(Protocol):
+    """A reasoner that may hold a unified model, which embeds what it has just reasoned about."""
+
+    async def reason_and_embed(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
+        """As `reason`, and for each item the embedding of its content with this ECR: what an
+        embedder of that version answers. None where the reasoner cannot give it."""
         ...
 
 

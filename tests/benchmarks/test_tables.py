@@ -28,6 +28,7 @@ KIND = {
     "queries": 3, "first_ranking": spread(10.4, 20.6), "final": spread(30, 40),
     "stages": {
         "reason": {"wall": spread(5, 6), "tokens_out": 12.4},
+        "embed": {"wall": spread(0, 0), "tokens_out": 0.0, "within": {"reason": 3}},
         "rerank": {"wall": spread(7, 8), "tokens_out": 0.0},
     },
 }  # fmt: skip
@@ -69,7 +70,7 @@ def test_a_missing_result_leaves_the_command_that_makes_it(tmp_path: Path) -> No
 def test_latency_shows_quantiles_stages_and_where_they_were_measured(tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text(json.dumps(SEARCH))
     text = tables.render("latency", tmp_path)
-    assert "| text | 10 / 21 | 30 / 40 | 5 | 7 | 12 |" in text
+    assert "| text | 10 / 21 | 30 / 40 | 5 | in reason | 7 | 12 |" in text
     assert "abc" in text and "Some CPU" in text and "meanwhile" not in text
     (tmp_path / "search.json").write_text(json.dumps(SEARCH | {"noisy": True}))
     assert "Other work ran on the machine meanwhile" in tables.render("latency", tmp_path)

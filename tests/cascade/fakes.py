@@ -16,7 +16,7 @@ import numpy as np
 
 from tte_jax.content import Content, Document, Reasoning, Usage
 from tte_jax.filters import Filter
-from tte_jax.stages import EmbedItem, Hit, IndexEntry, ReasonItem, StoredVersions
+from tte_jax.stages import Embedding, EmbedItem, Hit, IndexEntry, ReasonItem, StoredVersions
 
 T = TypeVar("T")
 
@@ -115,6 +115,32 @@ class FakeReasoner(Behaviour):
         tokens = sum(answer.tokens for answer in answers)
         usage = Usage("reason", 7 * len(items), tokens, 1, 0.25, 0.5, self.version)
         return answers, usage
+
+
+class UnifiedReasoner(FakeReasoner):
+    """Embeds as well, as `FakeEmbedder` does; `unable` says of which texts not.
+
+    `embeds_as` is the version that stands in its vectors.
+    """
+
+    def __init__(self, table: Mapping[str, Reasoning] | None = None, **kwargs: Any) -> None:
+        super().__init__(table, **kwargs)
+        self.version = self.embeds_as = "unified-1"
+        self.unable: set[str] = set()
+        self.asked_to_embed: list[str] = []
+
+    async def reason_and_embed(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
+        answers, usage = await self.reason(items, max_tokens=max_tokens, timeout_s=timeout_s)
+        texts = [text_of(item.content) for item in items]
+        self.asked_to_embed += texts
+        spent = Usage("embed", 6, 0, 5, 0.0, 0.125, self.embeds_as, within="reason")
+        embeddings = [
+            None if text in self.unable else Embedding(letters(answer.answer), spent)
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        return answers, embeddings, usage
 
 
 class FakeEmbedder(Behaviour):

@@ -71,7 +71,7 @@ parts = st.one_of(
 contents = st.lists(parts, min_size=1, max_size=4).map(lambda p: Content(tuple(p)))
 contents = contents.filter(lambda c: not c.empty)
 reasonings = st.builds(Reasoning, texts, texts, texts, counts, st.booleans())
-usages = st.builds(Usage, texts, counts, counts, counts, seconds, seconds, texts, seconds)
+usages = st.builds(Usage, texts, counts, counts, counts, seconds, seconds, texts, seconds, texts)
 leaves = st.one_of(
     st.builds(Equals, names, values),
     st.builds(OneOf, names, st.lists(values, min_size=1, max_size=3).map(tuple)),

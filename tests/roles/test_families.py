@@ -79,6 +79,7 @@ def test_reasoner_is_load_model(directory: Path) -> None:
         free = [replace(job, close_at=NEVER) for job in jobs if job]
         made = [future.result(300).tokens for future in reasoner.loop.submit(free, wait=True)]
         whole = reasoner.reason(items, 20)
+        reasonings, embeddings, _ = reasoner.reason_and_embed(items, NEW_TOKENS)
         assert reasoner.compile_count == reasoner.warm_compile_count
         stops = list(reasoner.served.prompts.stop_ids)
     assert all(0 < r.tokens <= 20 for r in whole)
@@ -88,6 +89,11 @@ def test_reasoner_is_load_model(directory: Path) -> None:
         out = model.generate(**given, max_new_tokens=NEW_TOKENS, eos_token_id=stops)
         assert tokens == out[0, given["input_ids"].shape[1] :].tolist()
     assert len({tuple(tokens) for tokens in made}) == len(made)
+    for item, reasoning, embedding in zip(items, reasonings, embeddings, strict=True):
+        prompt = prompts.embed(EmbedItem(item.content, item.side, reasoning.text))
+        last = model(**arrays(prompt)).last_hidden_state[0, -1]
+        assert embedding is not None
+        np.testing.assert_allclose(embedding.vector, last / np.linalg.norm(last), rtol=0, atol=2e-5)
 
 
 def test_legacy_positions_reach_the_model(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from servers import convert
 from servers.errors import ErrorInterceptor
 from servers.runtime import SERVER_OPTIONS
-from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker, ResumableIndex
+from tests.cascade.fakes import (
+    FakeEmbedder,
+    FakeReasoner,
+    FakeReranker,
+    ResumableIndex,
+    UnifiedReasoner,
+)
 from tte.v1 import (
     embedder_pb2_grpc,
     index_pb2,
@@ -21,7 +27,7 @@ from tte.v1 import (
     reasoner_pb2_grpc,
     reranker_pb2_grpc,
 )
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_DELETE_IDS
 
 
@@ -35,6 +41,7 @@ class Fakes:
     reranker: FakeReranker = field(default_factory=FakeReranker)
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     largest_get: int = 64
+    refused: int = 0
 
     def note(self, method: str, context: grpc.aio.ServicerContext) -> float | None:
         self.metadata[method] = dict(context.invocation_metadata() or ())
@@ -52,12 +59,19 @@ class FakeServicer(
     async def Reason(self, request, context):
         left = self.fakes.note("Reason", context)
         items, tokens, _ = convert.reason_arguments(request)
-        reasonings, usage = await self.fakes.reasoner.reason(
-            items, max_tokens=tokens, timeout_s=left
-        )
+        fake, embeddings = self.fakes.reasoner, [None] * len(items)
+        if not request.embed:
+            reasonings, usage = await fake.reason(items, max_tokens=tokens, timeout_s=left)
+        elif isinstance(fake, UnifiedReasoner):
+            reasonings, embeddings, usage = await fake.reason_and_embed(
+                items, max_tokens=tokens, timeout_s=left
+            )
+        else:
+            self.fakes.refused += 1
+            raise UnsupportedError("it only reasons", reason="NOT_UNIFIED")
         # Results may come in any order.
         for index in reversed(range(len(items))):
-            yield convert.reason_result(index, reasonings[index])
+            yield convert.reason_result(index, reasonings[index], embeddings[index])
         yield convert.reason_usage(usage)
 
     async def Embed(self, request, context):

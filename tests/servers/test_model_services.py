@@ -21,6 +21,7 @@ from servers import reranker as reranker_server
 from servers import runtime
 from servers.settings import Settings
 from tests import compile_cache, tiny_models
+from tests.servers.fake_services import listening
 from tte.v1 import (
     content_pb2,
     embedder_pb2,
@@ -30,8 +31,11 @@ from tte.v1 import (
     reranker_pb2,
     reranker_pb2_grpc,
 )
+from tte_jax import codec
+from tte_jax.client.status import from_rpc_error
 from tte_jax.content import Content, Side
 from tte_jax.errors import NotFoundError, PreconditionError
+from tte_jax.reasoner import Reasoner
 from tte_jax.stages import EmbedItem, ReasonItem
 
 QUERY, DOCUMENT = content_pb2.SIDE_QUERY, content_pb2.SIDE_DOCUMENT
@@ -148,6 +152,50 @@ async def test_reason_streams_deltas_results_and_usage():
         )
         seen = [e async for e in r.stub.Reason(reason_request(rewrite, omit_deltas=True))]
         assert seen[0].result.reasoning.tokens > 0
+
+
+async def test_a_unified_model_embeds_what_it_has_reasoned_about():
+    async with running("reasoner") as r:
+        plain = [e async for e in r.stub.Reason(reason_request(CAT, PICTURE, max_tokens=12))]
+        request = reason_request(CAT, PICTURE, max_tokens=12, embed=True)
+        events = [e async for e in r.stub.Reason(request)]
+        told = (await r.stub.Info(reasoner_pb2.ReasonerServiceInfoRequest())).model
+        assert r.metric("slots_embedded") == 2
+    assert not any(e.result.HasField("embedding") for e in plain)
+    assert events[-1].usage.tokens_out == plain[-1].usage.tokens_out
+    results = {e.result.input_index: e.result for e in events if e.HasField("result")}
+    texts = [results[i].reasoning.text for i in (0, 1)]
+    vectors = tiny_models.embedder().embed(
+        [
+            EmbedItem(Content.of("a cat"), Side.QUERY, texts[0]),
+            EmbedItem(Content.of("", tiny_models.png(41)), Side.DOCUMENT, texts[1]),
+        ]
+    )
+    for i, vector in enumerate(vectors):
+        got = codec.decode_embedding(results[i].embedding, "embedding")
+        np.testing.assert_allclose(got.vector, vector, rtol=0, atol=1e-5)
+        assert (got.usage.stage, got.usage.within) == ("embed", "reason")
+        assert got.usage.model_version == tiny_models.embedder().version
+        assert 0 < got.usage.cached_tokens < got.usage.tokens_in
+    assert told.embeds_reasonings and told.dimension == len(vectors[0])
+
+
+async def test_a_model_that_only_reasons_says_so(tmp_path):
+    path = tiny_models.write_model(tmp_path / "m", family="qwen3", roles=["reasoner"])
+    servicer = reasoner_server.ReasonerServicer(Reasoner.from_pretrained(path))
+    async with (
+        listening(
+            lambda server: reasoner_pb2_grpc.add_ReasonerServiceServicer_to_server(servicer, server)
+        ) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub = reasoner_pb2_grpc.ReasonerServiceStub(channel)
+        told = (await stub.Info(reasoner_pb2.ReasonerServiceInfoRequest())).model
+        assert not told.embeds_reasonings and told.dimension == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="unified model") as caught:
+            [e async for e in stub.Reason(reason_request(CAT, embed=True))]
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert from_rpc_error(caught.value, "it").reason == "NOT_UNIFIED"
 
 
 async def test_drawn_reasonings_follow_their_seed_and_end_at_a_stop():

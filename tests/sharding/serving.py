@@ -70,9 +70,13 @@ def answers(order: dict[str, Any], mesh: Any = None) -> dict[str, Any]:
         told["greedy"] = [r.text for r in greedy]
         told["drawn"] = [r.text for r in drawn]
         told["behind_prefix"], told["reused"] = behind_prefix(reasoner)
+        # In all slots together, and in one alone.
+        for some in (items, items[:1]):
+            _, embeddings, _ = reasoner.reason_and_embed(some, 12)
+            told.setdefault("slots", []).extend(e.vector.tolist() for e in embeddings if e)
         told["reasoner_compiles"] = reasoner.compile_count - reasoner.warm_compile_count
         state: Any = reasoner.loop._state
-        told["cache"], told["slots"] = spec(state.k), spec(state.control.done)
+        told["cache"] = spec(state.k)
     with Reranker.from_pretrained(order["text"], **options) as reranker:
         reranker.warmup()
         told["scores"] = reranker.score("a cat", CANDIDATES).tolist()

@@ -45,8 +45,10 @@ def test_embeddings_and_scores_are_those_of_one_device(told) -> None:
     vectors = np.array(alone["embeddings"])
     assert (vectors @ vectors.T - np.eye(len(vectors)))[:-1, :-1].max() < 0.99
     assert np.ptp(alone["scores"]) > 0.1
+    assert len(alone["slots"]) == len(serving.CONTENTS) + 1
     for there in meshes:
         np.testing.assert_allclose(there["embeddings"], vectors, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(there["slots"], alone["slots"], rtol=0, atol=1e-5)
         np.testing.assert_allclose(there["scores"], alone["scores"], rtol=0, atol=1e-5)
 
 

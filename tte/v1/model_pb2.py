@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/model.proto\x12\x06tte.v1\"\xaa\x02\n\tModelInfo\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x06 \x01(\r\x12\x15\n\raccepts_media\x18\x07 \x01(\x08\x12\x11\n\tdimension\x18\x08 \x01(\r\x12\x15\n\rcompile_count\x18\t \x01(\x04\x12\x1a\n\x12warm_compile_count\x18\n \x01(\x04\x12\x13\n\x0bqueue_depth\x18\x0b \x01(\r\x12\x16\n\x0equeue_capacity\x18\x0c \x01(\r\x12\x16\n\x0emax_new_tokens\x18\r \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/model.proto\x12\x06tte.v1\"\xc5\x02\n\tModelInfo\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x06 \x01(\r\x12\x15\n\raccepts_media\x18\x07 \x01(\x08\x12\x11\n\tdimension\x18\x08 \x01(\r\x12\x15\n\rcompile_count\x18\t \x01(\x04\x12\x1a\n\x12warm_compile_count\x18\n \x01(\x04\x12\x13\n\x0bqueue_depth\x18\x0b \x01(\r\x12\x16\n\x0equeue_capacity\x18\x0c \x01(\r\x12\x16\n\x0emax_new_tokens\x18\r \x01(\r\x12\x19\n\x11\x65mbeds_reasonings\x18\x0e \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tte.v1.model_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO']._serialized_start=31
-  _globals['_MODELINFO']._serialized_end=329
+  _globals['_MODELINFO']._serialized_end=356
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,7 @@ class ModelInfo(_message.Message):
     QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     QUEUE_CAPACITY_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    EMBEDS_REASONINGS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Human-readable name of the model."""
     model_version: _builtins.str
@@ -70,6 +71,11 @@ class ModelInfo(_message.Message):
     """The largest reasoning this model is served with, in new tokens; a larger budget is spent only up
     to here. 0 for models that do not generate.
     """
+    embeds_reasonings: _builtins.bool
+    """Of a reasoner: whether its model is a unified one, which also embeds what it has reasoned about
+    (`ReasonRequest.embed`). `model_version` is then the embedder's version as well, and `dimension`
+    is set.
+    """
     def __init__(
         self,
         *,
@@ -86,10 +92,11 @@ class ModelInfo(_message.Message):
         queue_depth: _builtins.int = ...,
         queue_capacity: _builtins.int = ...,
         max_new_tokens: _builtins.int = ...,
+        embeds_reasonings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_media", b"accepts_media", "architecture", b"architecture", "compile_count", b"compile_count", "device", b"device", "dimension", b"dimension", "dtype", b"dtype", "max_new_tokens", b"max_new_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "model_version", b"model_version", "queue_capacity", b"queue_capacity", "queue_depth", b"queue_depth", "warm_compile_count", b"warm_compile_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_media", b"accepts_media", "architecture", b"architecture", "compile_count", b"compile_count", "device", b"device", "dimension", b"dimension", "dtype", b"dtype", "embeds_reasonings", b"embeds_reasonings", "max_new_tokens", b"max_new_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "model_version", b"model_version", "queue_capacity", b"queue_capacity", "queue_depth", b"queue_depth", "warm_compile_count", b"warm_compile_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,33 +25,36 @@ _sym_db = _symbol_database.Default()
 from tte.v1 import content_pb2 as tte_dot_v1_dot_content__pb2
 from tte.v1 import model_pb2 as tte_dot_v1_dot_model__pb2
 from tte.v1 import usage_pb2 as tte_dot_v1_dot_usage__pb2
+from tte.v1 import vector_pb2 as tte_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tte/v1/reasoner.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x12tte/v1/model.proto\x1a\x12tte/v1/usage.proto\"f\n\x0eRewriteContext\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x17\n\x0fquery_reasoning\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x61ndidate_reasoning\x18\x03 \x01(\t\"\xa5\x01\n\x0bReasonInput\x12 \n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x1a\n\x04side\x18\x02 \x01(\x0e\x32\x0c.tte.v1.Side\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12\x1a\n\x04task\x18\x04 \x01(\x0e\x32\x0c.tte.v1.Task\x12\'\n\x07rewrite\x18\x05 \x01(\x0b\x32\x16.tte.v1.RewriteContext\"Y\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x03 \x01(\r\x12\x0c\n\x04stop\x18\x04 \x03(\tB\x08\n\x06_top_p\"\x95\x01\n\rReasonRequest\x12#\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.tte.v1.ReasonInput\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bomit_deltas\x18\x03 \x01(\x08\x12\"\n\x08sampling\x18\x04 \x01(\x0b\x32\x10.tte.v1.SamplingB\r\n\x0b_max_tokens\"@\n\x0bReasonDelta\x12\x13\n\x0binput_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"I\n\x0cReasonResult\x12\x13\n\x0binput_index\x18\x01 \x01(\r\x12$\n\treasoning\x18\x02 \x01(\x0b\x32\x11.tte.v1.Reasoning\"\x87\x01\n\x0eReasonResponse\x12$\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x13.tte.v1.ReasonDeltaH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.tte.v1.ReasonResultH\x00\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\r.tte.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\x1c\n\x1aReasonerServiceInfoRequest\"?\n\x1bReasonerServiceInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tte.v1.ModelInfo2\x9d\x01\n\x0fReasonerService\x12\x39\n\x06Reason\x12\x15.tte.v1.ReasonRequest\x1a\x16.tte.v1.ReasonResponse0\x01\x12O\n\x04Info\x12\".tte.v1.ReasonerServiceInfoRequest\x1a#.tte.v1.ReasonerServiceInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tte/v1/reasoner.proto\x12\x06tte.v1\x1a\x14tte/v1/content.proto\x1a\x12tte/v1/model.proto\x1a\x12tte/v1/usage.proto\x1a\x13tte/v1/vector.proto\"f\n\x0eRewriteContext\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x17\n\x0fquery_reasoning\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x61ndidate_reasoning\x18\x03 \x01(\t\"\xa5\x01\n\x0bReasonInput\x12 \n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x0f.tte.v1.Content\x12\x1a\n\x04side\x18\x02 \x01(\x0e\x32\x0c.tte.v1.Side\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12\x1a\n\x04task\x18\x04 \x01(\x0e\x32\x0c.tte.v1.Task\x12\'\n\x07rewrite\x18\x05 \x01(\x0b\x32\x16.tte.v1.RewriteContext\"Y\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x03 \x01(\r\x12\x0c\n\x04stop\x18\x04 \x03(\tB\x08\n\x06_top_p\"\xa4\x01\n\rReasonRequest\x12#\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.tte.v1.ReasonInput\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bomit_deltas\x18\x03 \x01(\x08\x12\"\n\x08sampling\x18\x04 \x01(\x0b\x32\x10.tte.v1.Sampling\x12\r\n\x05\x65mbed\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"@\n\x0bReasonDelta\x12\x13\n\x0binput_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"w\n\x0cReasonResult\x12\x13\n\x0binput_index\x18\x01 \x01(\r\x12$\n\treasoning\x18\x02 \x01(\x0b\x32\x11.tte.v1.Reasoning\x12,\n\tembedding\x18\x03 \x01(\x0b\x32\x19.tte.v1.ReasonedEmbedding\"Q\n\x11ReasonedEmbedding\x12\x1e\n\x06vector\x18\x01 \x01(\x0b\x32\x0e.tte.v1.Vector\x12\x1c\n\x05usage\x18\x02 \x01(\x0b\x32\r.tte.v1.Usage\"\x87\x01\n\x0eReasonResponse\x12$\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x13.tte.v1.ReasonDeltaH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.tte.v1.ReasonResultH\x00\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\r.tte.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\x1c\n\x1aReasonerServiceInfoRequest\"?\n\x1bReasonerServiceInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tte.v1.ModelInfo2\x9d\x01\n\x0fReasonerService\x12\x39\n\x06Reason\x12\x15.tte.v1.ReasonRequest\x1a\x16.tte.v1.ReasonResponse0\x01\x12O\n\x04Info\x12\".tte.v1.ReasonerServiceInfoRequest\x1a#.tte.v1.ReasonerServiceInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tte.v1.reasoner_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REWRITECONTEXT']._serialized_start=95
-  _globals['_REWRITECONTEXT']._serialized_end=197
-  _globals['_REASONINPUT']._serialized_start=200
-  _globals['_REASONINPUT']._serialized_end=365
-  _globals['_SAMPLING']._serialized_start=367
-  _globals['_SAMPLING']._serialized_end=456
-  _globals['_REASONREQUEST']._serialized_start=459
-  _globals['_REASONREQUEST']._serialized_end=608
-  _globals['_REASONDELTA']._serialized_start=610
-  _globals['_REASONDELTA']._serialized_end=674
-  _globals['_REASONRESULT']._serialized_start=676
-  _globals['_REASONRESULT']._serialized_end=749
-  _globals['_REASONRESPONSE']._serialized_start=752
-  _globals['_REASONRESPONSE']._serialized_end=887
-  _globals['_REASONERSERVICEINFOREQUEST']._serialized_start=889
-  _globals['_REASONERSERVICEINFOREQUEST']._serialized_end=917
-  _globals['_REASONERSERVICEINFORESPONSE']._serialized_start=919
-  _globals['_REASONERSERVICEINFORESPONSE']._serialized_end=982
-  _globals['_REASONERSERVICE']._serialized_start=985
-  _globals['_REASONERSERVICE']._serialized_end=1142
+  _globals['_REWRITECONTEXT']._serialized_start=116
+  _globals['_REWRITECONTEXT']._serialized_end=218
+  _globals['_REASONINPUT']._serialized_start=221
+  _globals['_REASONINPUT']._serialized_end=386
+  _globals['_SAMPLING']._serialized_start=388
+  _globals['_SAMPLING']._serialized_end=477
+  _globals['_REASONREQUEST']._serialized_start=480
+  _globals['_REASONREQUEST']._serialized_end=644
+  _globals['_REASONDELTA']._serialized_start=646
+  _globals['_REASONDELTA']._serialized_end=710
+  _globals['_REASONRESULT']._serialized_start=712
+  _globals['_REASONRESULT']._serialized_end=831
+  _globals['_REASONEDEMBEDDING']._serialized_start=833
+  _globals['_REASONEDEMBEDDING']._serialized_end=914
+  _globals['_REASONRESPONSE']._serialized_start=917
+  _globals['_REASONRESPONSE']._serialized_end=1052
+  _globals['_REASONERSERVICEINFOREQUEST']._serialized_start=1054
+  _globals['_REASONERSERVICEINFOREQUEST']._serialized_end=1082
+  _globals['_REASONERSERVICEINFORESPONSE']._serialized_start=1084
+  _globals['_REASONERSERVICEINFORESPONSE']._serialized_end=1147
+  _globals['_REASONERSERVICE']._serialized_start=1150
+  _globals['_REASONERSERVICE']._serialized_end=1307
 # @@protoc_insertion_point(module_scope)

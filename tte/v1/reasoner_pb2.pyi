@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from tte.v1 import content_pb2 as _content_pb2
 from tte.v1 import model_pb2 as _model_pb2
 from tte.v1 import usage_pb2 as _usage_pb2
+from tte.v1 import vector_pb2 as _vector_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -151,6 +152,7 @@ class ReasonRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     OMIT_DELTAS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    EMBED_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Hard limit of new tokens for each input, answer line included, 1 to 4,096. Default 64. When the
     thinking would exceed it, the think block is closed, the answer line still follows, and the
@@ -159,6 +161,13 @@ class ReasonRequest(_message.Message):
     """
     omit_deltas: _builtins.bool
     """True leaves the deltas out; results and usage are sent as always."""
+    embed: _builtins.bool
+    """Also embed each input's content together with the reasoning that is written here. Only a unified
+    model can (`ModelInfo.embeds_reasonings`); of any other it is UNIMPLEMENTED with reason
+    NOT_UNIFIED. What has been read for the reasoning is not read again, so this costs a token or
+    two instead of an `Embed`, whose vector it equals. An input may come without a vector
+    (`ReasonResult.embedding`): be ready to call `Embed` then.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReasonInput]:
         """1 to 64 inputs."""
@@ -174,10 +183,11 @@ class ReasonRequest(_message.Message):
         max_tokens: _builtins.int | None = ...,
         omit_deltas: _builtins.bool = ...,
         sampling: Global___Sampling | None = ...,
+        embed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "inputs", b"inputs", "max_tokens", b"max_tokens", "omit_deltas", b"omit_deltas", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "embed", b"embed", "inputs", b"inputs", "max_tokens", b"max_tokens", "omit_deltas", b"omit_deltas", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -223,25 +233,70 @@ class ReasonResult(_message.Message):
 
     INPUT_INDEX_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     input_index: _builtins.int
     """Position of the input in the request, from 0."""
     @_builtins.property
     def reasoning(self) -> _content_pb2.Reasoning:
         """The reasoning."""
 
+    @_builtins.property
+    def embedding(self) -> Global___ReasonedEmbedding:
+        """The content's embedding with this reasoning, if `ReasonRequest.embed` asked for it. Unset all the
+        same for a rewrite or a forced task, for an empty budget, for a sequence longer than the embedder
+        takes, and where the text's own tokens differ from those that were generated in more than the
+        last few; send the reasoning to `EmbedderService.Embed` then.
+        """
+
     def __init__(
         self,
         *,
         input_index: _builtins.int = ...,
         reasoning: _content_pb2.Reasoning | None = ...,
+        embedding: Global___ReasonedEmbedding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["reasoning", b"reasoning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_index", b"input_index", "reasoning", b"reasoning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "input_index", b"input_index", "reasoning", b"reasoning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReasonResult: _TypeAlias = ReasonResult  # noqa: Y015
+
+@_typing.final
+class ReasonedEmbedding(_message.Message):
+    """An embedding made from what the reasoner had read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def vector(self) -> _vector_pb2.Vector:
+        """float32, L2-normalised: what `EmbedderService.Embed` answers for the same content, side,
+        instruction and reasoning.
+        """
+
+    @_builtins.property
+    def usage(self) -> _usage_pb2.Usage:
+        """What it cost, apart from the reasoning: stage `embed`, and `within` is `reason`. `tokens_in` is
+        the whole sequence and `cached_tokens` what was not read again; `model_version` is the embedder's
+        version, as documents and searches of an index need it.
+        """
+
+    def __init__(
+        self,
+        *,
+        vector: _vector_pb2.Vector | None = ...,
+        usage: _usage_pb2.Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReasonedEmbedding: _TypeAlias = ReasonedEmbedding  # noqa: Y015
 
 @_typing.final
 class ReasonResponse(_message.Message):

@@ -58,7 +58,7 @@ class ReasonerServiceServicer:
 
         Errors: INVALID_ARGUMENT (bad content, budget or side), RESOURCE_EXHAUSTED with RetryInfo (the
         queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), UNIMPLEMENTED (media
-        given to a text-only model).
+        given to a text-only model, or `embed` asked of a model that is not a unified one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ class ReasonerServiceStub:
 
     Errors: INVALID_ARGUMENT (bad content, budget or side), RESOURCE_EXHAUSTED with RetryInfo (the
     queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), UNIMPLEMENTED (media
-    given to a text-only model).
+    given to a text-only model, or `embed` asked of a model that is not a unified one).
     """
     Info: _grpc.UnaryUnaryMultiCallable[_reasoner_pb2.ReasonerServiceInfoRequest, _reasoner_pb2.ReasonerServiceInfoResponse]
     """What is running: model, version, compile count, queue depth."""
@@ -57,7 +57,7 @@ class ReasonerServiceAsyncStub(ReasonerServiceStub):
 
     Errors: INVALID_ARGUMENT (bad content, budget or side), RESOURCE_EXHAUSTED with RetryInfo (the
     queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), UNIMPLEMENTED (media
-    given to a text-only model).
+    given to a text-only model, or `embed` asked of a model that is not a unified one).
     """
     Info: _aio.UnaryUnaryMultiCallable[_reasoner_pb2.ReasonerServiceInfoRequest, _reasoner_pb2.ReasonerServiceInfoResponse]  # type: ignore[assignment]
     """What is running: model, version, compile count, queue depth."""
@@ -77,7 +77,7 @@ class ReasonerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT (bad content, budget or side), RESOURCE_EXHAUSTED with RetryInfo (the
         queue is full), DEADLINE_EXCEEDED, UNAVAILABLE (warming up or draining), UNIMPLEMENTED (media
-        given to a text-only model).
+        given to a text-only model, or `embed` asked of a model that is not a unified one).
         """
 
     @_abc_1.abstractmethod

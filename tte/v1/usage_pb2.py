@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/usage.proto\x12\x06tte.v1\"\xb1\x01\n\x05Usage\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x11\n\ttokens_in\x18\x02 \x01(\x04\x12\x12\n\ntokens_out\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12\x14\n\x0cwall_seconds\x18\x08 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tte/v1/usage.proto\x12\x06tte.v1\"\xc1\x01\n\x05Usage\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x11\n\ttokens_in\x18\x02 \x01(\x04\x12\x12\n\ntokens_out\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12\x14\n\x0cwall_seconds\x18\x08 \x01(\x01\x12\x0e\n\x06within\x18\t \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tte.v1.usage_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USAGE']._serialized_start=31
-  _globals['_USAGE']._serialized_end=208
+  _globals['_USAGE']._serialized_end=224
 # @@protoc_insertion_point(module_scope)

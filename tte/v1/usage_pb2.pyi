@@ -30,6 +30,7 @@ class Usage(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     WALL_SECONDS_FIELD_NUMBER: _builtins.int
+    WITHIN_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """The stage: `reason`, `embed`, `index`, `fetch` (candidates read for a rewrite), `rewrite` or
     `rerank`. New names may appear.
@@ -50,6 +51,11 @@ class Usage(_message.Message):
     """Seconds that the caller of the stage saw, transport included. Only the gateway knows it; a
     stage's own answer leaves it at 0.
     """
+    within: _builtins.str
+    """The stage in whose call this work was done: a unified model embeds within `reason`, which saves
+    most of the work. `wall_seconds` is then 0, because that stage's has the time in it. Empty: the
+    stage had a call of its own.
+    """
     def __init__(
         self,
         *,
@@ -61,10 +67,11 @@ class Usage(_message.Message):
         compute_seconds: _builtins.float = ...,
         model_version: _builtins.str = ...,
         wall_seconds: _builtins.float = ...,
+        within: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_seconds", b"compute_seconds", "model_version", b"model_version", "queue_seconds", b"queue_seconds", "stage", b"stage", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out", "wall_seconds", b"wall_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_seconds", b"compute_seconds", "model_version", b"model_version", "queue_seconds", b"queue_seconds", "stage", b"stage", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out", "wall_seconds", b"wall_seconds", "within", b"within"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

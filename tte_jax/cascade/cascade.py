@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import numpy as np
 
 from tte_jax.cascade.ingest import Ingest
 from tte_jax.cascade.messages import (
@@ -15,8 +17,17 @@ from tte_jax.cascade.messages import (
 )
 from tte_jax.cascade.planning import Caps, Pace
 from tte_jax.cascade.search import Search
+from tte_jax.content import Reasoning, Usage
 from tte_jax.errors import TteError
-from tte_jax.stages import EmbedderStage, IndexStage, ReasonerStage, RerankerStage
+from tte_jax.stages import (
+    EmbedderStage,
+    Embedding,
+    EmbeddingReasonerStage,
+    IndexStage,
+    ReasonerStage,
+    ReasonItem,
+    RerankerStage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +41,7 @@ class Cascade:
       caps: the longest one call of a stage may take in a search.
       pace: what the stages have been taking lately.
       next_embedder: takes the embedder's place when the corpus changes over to its vectors.
+      reasoner_version, embedder_version: of the models that answered last; empty = not known.
     """
 
     def __init__(
@@ -48,6 +60,8 @@ class Cascade:
         self.index = index
         self.reranker = reranker
         self.expected_version = ""
+        self.reasoner_version = ""
+        self.embedder_version = ""
         self.caps = caps or Caps()
         self.pace = Pace()
 
@@ -60,8 +74,38 @@ class Cascade:
             return True  # another call has changed over already
         self.expected_version = error.metadata.get("expected", "")
         self.embedder, self.next_embedder = self.next_embedder, self.embedder
+        self.embedder_version = ""
         log.warning("the corpus holds vectors of %s: changing over", self.expected_version)
         return True
+
+    @property
+    def unified(self) -> bool:
+        """Whether the reasoner may be able to embed in the embedder's place: it knows how to be
+        asked, and both answered last with one and the same model."""
+        same = self.reasoner_version == self.embedder_version != ""
+        return same and isinstance(self.reasoner, EmbeddingReasonerStage)
+
+    async def reason(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None
+    ) -> tuple[tuple[list[Reasoning], list[Embedding | None]], Usage]:
+        """ECRs of what will be embedded next, with the vectors that the embedder would make of them
+        where the reasoner makes them; `None` = the embedder is still to be asked.
+
+        Raises: as `ReasonerStage.reason`.
+        """
+        stage, version = self.reasoner, self.embedder_version
+        embeddings: list[Embedding | None] = [None] * len(items)
+        if self.unified and isinstance(stage, EmbeddingReasonerStage):
+            reasonings, embeddings, usage = await stage.reason_and_embed(
+                items, max_tokens=max_tokens, timeout_s=timeout_s
+            )
+        else:
+            reasonings, usage = await stage.reason(
+                items, max_tokens=max_tokens, timeout_s=timeout_s
+            )
+        self.reasoner_version = usage.model_version
+        same = [e if e is not None and _usable(e, version) else None for e in embeddings]
+        return (reasonings, same), usage
 
     def search(self, query: SearchQuery) -> AsyncGenerator[SearchUpdate, None]:
         """Streams rankings: the first-stage one first, refinements after it, the last is final.
@@ -95,3 +139,8 @@ class Cascade:
           StorageFullError: no disk space is left.
         """
         return Ingest(self, documents, options or IngestOptions()).run()
+
+
+def _usable(embedding: Embedding, version: str) -> bool:
+    """Whether it stands for an answer of the embedder of that version."""
+    return embedding.usage.model_version == version and bool(np.isfinite(embedding.vector).all())

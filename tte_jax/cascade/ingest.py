@@ -1,5 +1,7 @@
 """Ingest: reason → embed → write, the three overlapping, each document settled on its own.
 
+What a unified model has embedded while it reasoned passes the embedding step by.
+
 ```
 documents ─► read, batch, skip what is stored ─► reason ─► embed ─► write ─► results
                          └── queues of one batch between the steps ──┘
@@ -91,7 +93,7 @@ class Ingest:
         self.received = 0
         self.totals: Counter[ItemState] = Counter()
         self.sequence = 0
-        self.usage: dict[str, Usage] = {}
+        self.usage: dict[tuple[str, str], Usage] = {}
         self.error: Exception | None = None
         # Ids between reading and writing: what the index says of them is about to change.
         self.in_flight: Counter[str] = Counter()
@@ -197,7 +199,7 @@ class Ingest:
 
     async def _current_versions(self) -> tuple[str, str]:
         """(reasoner stamp, embedder version) of now. Every answer carries its model's version, so
-        the smallest request tells; asked once per stream, and only when something is stored."""
+        the smallest request tells; asked once per stream, and only when something depends on it."""
         if self.versions is None:
             probe, tokens = Content.of("version"), self.options.reasoning_tokens
             reasoner = ""
@@ -207,13 +209,14 @@ class Ingest:
                     "reason",
                     lambda: self.cascade.reasoner.reason([item], max_tokens=1, timeout_s=CALL_S),
                 )
-                reasoner = usage.model_version
+                reasoner = self.cascade.reasoner_version = usage.model_version
             _, usage = await self._patient(
                 "embed",
                 lambda: self.cascade.embedder.embed(
                     [EmbedItem(content=probe, side=Side.DOCUMENT)], timeout_s=CALL_S
                 ),
             )
+            self.cascade.embedder_version = usage.model_version
             self.versions = (self._stamp(reasoner), usage.model_version)
         return self.versions
 
@@ -235,15 +238,21 @@ class Ingest:
                 for work in works
             ]
 
-            reasonings, usage = await self._patient(
+            (reasonings, embeddings), usage = await self._patient(
                 "reason",
-                lambda: self.cascade.reasoner.reason(items, max_tokens=tokens, timeout_s=CALL_S),
+                lambda: self.cascade.reason(items, max_tokens=tokens, timeout_s=CALL_S),
             )
-            for work, reasoning in zip(works, reasonings, strict=True):
+            for work, reasoning, embedding in zip(works, reasonings, embeddings, strict=True):
                 work.document = replace(work.document, reasoning=reasoning)
                 work.reasoner_version = self._stamp(usage.model_version)
+                if embedding is not None:
+                    work.vector = embedding.vector
+                    work.embedder_version = embedding.usage.model_version
+                    self._spent(embedding.usage)
             return list(works)
 
+        if self.cascade.unified:
+            await self._current_versions()  # of now: an empty corpus takes whatever comes first
         known = await self._reasoned_before(batch)
         todo = [work for work in batch if work.position not in known]
         done = await self._isolated(todo, call) if todo else []
@@ -294,11 +303,15 @@ class Ingest:
                 raise InternalError(
                     "the embedder answered with an unusable vector", reason="NOT_FINITE"
                 )
+            self.cascade.embedder_version = usage.model_version
             for work, vector in zip(works, vectors, strict=True):
                 work.vector, work.embedder_version = vector, usage.model_version
             return list(works)
 
-        return await self._isolated(batch, call)
+        ready = [work for work in batch if work.vector is not None]
+        todo = [work for work in batch if work.vector is None]
+        done = await self._isolated(todo, call) if todo else []
+        return sorted(ready + done, key=lambda work: work.position)
 
     async def _write(self, batch: list[Work]) -> list[ItemResult]:
         async def call(works: Sequence[Work]) -> list[Work]:
@@ -370,8 +383,9 @@ class Ingest:
             return value, usage
 
     def _spent(self, usage: Usage) -> None:
-        total = self.usage.get(usage.stage, Usage(usage.stage))
-        self.usage[usage.stage] = Usage(
+        key = (usage.stage, usage.within)
+        total = self.usage.get(key, Usage(usage.stage))
+        self.usage[key] = Usage(
             stage=usage.stage,
             tokens_in=total.tokens_in + usage.tokens_in,
             tokens_out=total.tokens_out + usage.tokens_out,
@@ -380,6 +394,7 @@ class Ingest:
             compute_s=total.compute_s + usage.compute_s,
             model_version=usage.model_version or total.model_version,
             wall_s=total.wall_s + usage.wall_s,
+            within=usage.within,
         )
 
     def _stamp(self, version: str) -> str:

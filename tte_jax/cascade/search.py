@@ -34,11 +34,7 @@ from tte_jax.errors import (
     PreconditionError,
     TteError,
 )
-from tte_jax.stages import (
-    EmbedItem,
-    Hit,
-    ReasonItem,
-)
+from tte_jax.stages import Embedding, EmbedItem, Hit, ReasonItem
 
 if TYPE_CHECKING:
     from tte_jax.cascade.cascade import Cascade
@@ -62,6 +58,7 @@ class Search:
         self.usage: list[Usage] = []
         self.degraded: list[Degraded] = []
         self.query_reasoning = NO_REASONING
+        self.query_embedding: Embedding | None = None
         self.started = 0.0
 
     async def run(self) -> AsyncGenerator[SearchUpdate, None]:
@@ -97,6 +94,16 @@ class Search:
     # --- required: their errors are the search's errors ---
 
     async def _first_stage(self) -> list[Hit]:
+        if self.query_embedding is not None:
+            made = self.query_embedding
+            try:
+                return await self._nearest(made.vector, made.usage.model_version)
+            except PreconditionError as error:
+                if error.reason != "EMBEDDER_MISMATCH":
+                    raise
+                # The corpus has other vectors by now; the embedder says whose.
+                self.cascade.change_over(error)
+                self.cascade.embedder_version = ""
         try:
             return await self._find()
         except PreconditionError as error:
@@ -124,13 +131,17 @@ class Search:
                 "the embedder answered with an unusable vector for the query", stage="embed"
             )
         # `_call` has just noted it; a corpus of another embedder refuses the vector.
-        embedder_version = self.usage[-1].model_version
+        version = self.cascade.embedder_version = self.usage[-1].model_version
+        return await self._nearest(vectors[0], version)
+
+    async def _nearest(self, vector: np.ndarray, embedder_version: str) -> list[Hit]:
+        query, caps = self.query, self.cascade.caps
         k = max(query.budget.candidates, query.top_k)
         timeout = self._required("index", caps.index)
         return await self._call(
             "index",
             lambda: self.cascade.index.search(
-                vectors[0],
+                vector,
                 k=k,
                 filter=query.filter,
                 embedder_version=embedder_version,
@@ -163,9 +174,9 @@ class Search:
             return NO_REASONING
         item = ReasonItem(content=query.content, side=Side.QUERY, instruction=query.instruction)
         try:
-            reasonings = await self._call(
+            (reasoning,), (embedding,) = await self._call(
                 "reason",
-                lambda: self.cascade.reasoner.reason([item], max_tokens=tokens, timeout_s=timeout),
+                lambda: self.cascade.reason([item], max_tokens=tokens, timeout_s=timeout),
                 timeout,
             )
         except InvalidInputError as error:
@@ -174,7 +185,10 @@ class Search:
         except TteError as error:
             self._failed("reason", error)
             return NO_REASONING
-        return reasonings[0]
+        if embedding is not None:
+            self.query_embedding = embedding
+            self.usage.append(embedding.usage)
+        return reasoning
 
     async def _fetch(self, candidates: Sequence[Candidate]) -> dict[str, Document]:
         """The candidates' documents by id; without those that are gone or cannot be read now."""

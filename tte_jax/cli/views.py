@@ -69,7 +69,7 @@ def usage_table(usage: Sequence[Usage]) -> Table:
     for u in usage:
         times = (f"{seconds * 1000:.1f}" for seconds in (u.queue_s, u.compute_s, u.wall_s))
         table.add_row(
-            escape(u.stage),
+            escape(f"{u.stage}, within {u.within}" if u.within else u.stage),
             str(u.tokens_in),
             str(u.tokens_out),
             str(u.cached_tokens),

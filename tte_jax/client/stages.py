@@ -21,8 +21,8 @@ from tte_jax.client.remote import Remote, answers
 from tte_jax.client.retries import Attempts
 from tte_jax.client.status import translated
 from tte_jax.content import Content, Reasoning, Usage
-from tte_jax.errors import InternalError, UnavailableError
-from tte_jax.stages import GREEDY, EmbedItem, Order, ReasonItem, Sampling
+from tte_jax.errors import InternalError, UnavailableError, UnsupportedError
+from tte_jax.stages import GREEDY, Embedding, EmbedItem, Order, ReasonItem, Sampling
 
 
 class RemoteReasoner(Remote):
@@ -33,6 +33,7 @@ class RemoteReasoner(Remote):
     def __init__(self, endpoint: Endpoint | str) -> None:
         super().__init__(endpoint)
         self._stub = reasoner_pb2_grpc.ReasonerServiceStub(self.channel)
+        self._reasons_only = ""  # a version that has refused to embed
 
     async def reason(
         self,
@@ -42,11 +43,40 @@ class RemoteReasoner(Remote):
         timeout_s: float | None = None,
         sampling: Sampling = GREEDY,
     ) -> tuple[list[Reasoning], Usage]:
+        reasonings, _, usage = await self._ask(items, max_tokens, timeout_s, sampling=sampling)
+        return reasonings, usage
+
+    async def reason_and_embed(
+        self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
+        left = Attempts(timeout_s)
+        if not self._reasons_only:
+            try:
+                return await self._ask(items, max_tokens, left.timeout_s, embed=True)
+            except UnsupportedError as error:
+                if error.reason != "NOT_UNIFIED":
+                    raise
+        answer = await self._ask(items, max_tokens, left.timeout_s)
+        version = answer[2].model_version
+        # Another model may come up at this address, and is asked again.
+        self._reasons_only = version if self._reasons_only in ("", version) else ""
+        return answer
+
+    async def _ask(
+        self,
+        items: Sequence[ReasonItem],
+        max_tokens: int,
+        timeout_s: float | None,
+        *,
+        sampling: Sampling = GREEDY,
+        embed: bool = False,
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
         request = reasoner_pb2.ReasonRequest(
             inputs=[codec.encode_reason_item(item) for item in items],
             max_tokens=max_tokens,
             omit_deltas=True,
             sampling=codec.encode_sampling(sampling),
+            embed=embed,
         )
         attempts = Attempts(timeout_s)
         while True:
@@ -66,8 +96,9 @@ class RemoteReasoner(Remote):
 
     async def _answer(
         self, request: reasoner_pb2.ReasonRequest, timeout_s: float | None
-    ) -> tuple[list[Reasoning], Usage]:
+    ) -> tuple[list[Reasoning], list[Embedding | None], Usage]:
         reasonings: list[Reasoning | None] = [None] * len(request.inputs)
+        embeddings: list[Embedding | None] = [None] * len(request.inputs)
         usage = Usage("reason")
         with translated(self.peer):
             call = self._stub.Reason(request, timeout=timeout_s, metadata=self.metadata)
@@ -78,6 +109,11 @@ class RemoteReasoner(Remote):
                         if result.input_index < len(reasonings):
                             reasoning = codec.decode_reasoning(result.reasoning)
                             reasonings[result.input_index] = reasoning
+                            if result.HasField("embedding"):
+                                with answers(self.peer):
+                                    embeddings[result.input_index] = codec.decode_embedding(
+                                        result.embedding, f"results[{result.input_index}].embedding"
+                                    )
                     elif response.HasField("usage"):
                         usage = codec.decode_usage(response.usage)
             finally:
@@ -87,7 +123,7 @@ class RemoteReasoner(Remote):
             raise InternalError(
                 f"{self.peer} answered {len(complete)} of {len(reasonings)} inputs", stage="reason"
             )
-        return complete, usage
+        return complete, embeddings, usage
 
 
 class RemoteEmbedder(Remote):

@@ -7,9 +7,10 @@ from dataclasses import fields
 from tte.v1 import budget_pb2, content_pb2, embedder_pb2, reasoner_pb2, usage_pb2
 from tte_jax import limits
 from tte_jax.codec.contents import check_text, decode_content, encode_content
+from tte_jax.codec.documents import decode_vector, encode_vector
 from tte_jax.content import Budget, Side, Task, Usage
 from tte_jax.errors import InvalidInputError
-from tte_jax.stages import EmbedItem, ReasonItem, Sampling
+from tte_jax.stages import Embedding, EmbedItem, ReasonItem, Sampling
 
 _SIDES = {content_pb2.SIDE_QUERY: Side.QUERY, content_pb2.SIDE_DOCUMENT: Side.DOCUMENT}
 _TASKS = {
@@ -156,6 +157,7 @@ def encode_usage(usage: Usage) -> usage_pb2.Usage:
         compute_seconds=usage.compute_s,
         model_version=usage.model_version,
         wall_seconds=usage.wall_s,
+        within=usage.within,
     )
 
 
@@ -169,7 +171,19 @@ def decode_usage(message: usage_pb2.Usage) -> Usage:
         compute_s=message.compute_seconds,
         model_version=message.model_version,
         wall_s=message.wall_seconds,
+        within=message.within,
     )
+
+
+def encode_embedding(embedding: Embedding) -> reasoner_pb2.ReasonedEmbedding:
+    return reasoner_pb2.ReasonedEmbedding(
+        vector=encode_vector(embedding.vector), usage=encode_usage(embedding.usage)
+    )
+
+
+def decode_embedding(message: reasoner_pb2.ReasonedEmbedding, at: str) -> Embedding:
+    """Raises InvalidInputError, as `decode_vector`."""
+    return Embedding(decode_vector(message.vector, f"{at}.vector"), decode_usage(message.usage))
 
 
 def _decode_side(number: int, at: str) -> Side:

@@ -115,6 +115,11 @@ def embed(
     hidden, _ = model.forward(
         ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
     )
+    return pooled(hidden, n)
+
+
+def pooled(hidden: Float[Array, "B T D"], n: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """The embedding of each row of `n` real tokens: its last one, L2-normalised in float32."""
     z = _last(hidden, n).astype(jnp.float32)
     return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 

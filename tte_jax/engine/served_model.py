@@ -45,6 +45,7 @@ class ServedModel:
       dtype: dtype of weights and activations.
       quantise: "int8" when the matrices of linear layers are held as that, else None.
       layout: the device or mesh that holds it.
+      roles: what its `tte.json` allows it to be; all of them where it says nothing.
     """
 
     directory: Path
@@ -57,6 +58,7 @@ class ServedModel:
     buckets: Buckets
     quantise: str | None = None
     layout: Layout = ONE_DEVICE
+    roles: tuple[str, ...] = ROLES
 
 
 def open_model(
@@ -96,7 +98,7 @@ def open_model(
             path=path,
         )
     spec = read_spec(path / "tte.json")
-    _check_role(path, spec, role)
+    roles = _roles(path, spec, role)
     config = model_config(path)
     # A reranker whose format is published may read images otherwise; here it compares texts.
     texts_only = config.vision is not None and prompts_name(path) != "qwen3_vl_reranker"
@@ -131,6 +133,7 @@ def open_model(
         buckets=ladder,
         quantise=quantise,
         layout=layout,
+        roles=roles,
     )
 
 
@@ -177,10 +180,11 @@ def fingerprint(directory: Path, prompts: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _check_role(path: Path, spec: dict[str, Any], role: str) -> None:
+def _roles(path: Path, spec: dict[str, Any], role: str) -> tuple[str, ...]:
+    """What the directory was made for; `role` must be among it."""
     roles = spec.get("role")
     if roles is None:
-        return
+        return ROLES
     named = [roles] if isinstance(roles, str) else list(roles)
     if role not in named:
         raise PreconditionError(
@@ -189,3 +193,4 @@ def _check_role(path: Path, spec: dict[str, Any], role: str) -> None:
             reason="MODEL_ROLE",
             role=role,
         )
+    return tuple(map(str, named))

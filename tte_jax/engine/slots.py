@@ -29,6 +29,7 @@ from tte_jax.engine.inputs import ModelInput
 from tte_jax.engine.prefill import Dispatch, Filling, Prefill
 from tte_jax.engine.prefix_cache import PrefixCache
 from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
+from tte_jax.engine.slot_embedding import Continuation, SlotEmbedder, SlotVector
 from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import DeadlineExceededError, InternalError, TteError, UnavailableError
@@ -55,6 +56,9 @@ class Job:
       temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
       on_tokens: called on the device thread with each dispatch's new ids and whether they are the
         last; must not block.
+      embed: from the new ids to what the embedder's sequence has beyond them, or None where that
+        cannot be said; called on the device thread, once, when the sequence has ended. None = the
+        sequence is not embedded.
     """
 
     input: ModelInput
@@ -66,6 +70,7 @@ class Job:
     seed: int = 0
     stop: StopTexts | None = None
     on_tokens: Callable[[list[int], bool], None] | None = None
+    embed: Callable[[list[int]], Continuation | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Generated:
       forced: whether the think block was closed by force.
       cached_tokens: tokens of the prompt whose work was saved: those of a kept prefix, and behind
         it vision tokens whose features were cached.
-      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the end.
+      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the last token.
+      embedding: of the sequence, where it was asked for and could be made from its slot.
     """
 
     tokens: list[int]
@@ -85,6 +91,7 @@ class Generated:
     cached_tokens: int
     queue_s: float
     compute_s: float
+    embedding: SlotVector | None = None
 
 
 @dataclass
@@ -103,6 +110,7 @@ class DecodeStats:
     tokens_out: int = 0
     slot_steps: int = 0
     cancelled: int = 0
+    embedded: int = 0
 
 
 @dataclass(eq=False)
@@ -140,6 +148,7 @@ class DecodeLoop:
       prefix_cache_bytes: device memory for the keys and values of shared beginnings of prompts.
       is_closed: says from the ids so far whether the thinking is over, for tokenizers that may
         spell `</think>` in several ways; None where the tag is one control token.
+      embeds: whether jobs may ask for embeddings; compiles the programs for it.
     """
 
     def __init__(
@@ -153,6 +162,7 @@ class DecodeLoop:
         prefix_cache_bytes: int = 64 * 2**20,
         queue: RequestQueue | None = None,
         is_closed: Callable[[list[int]], bool] | None = None,
+        embeds: bool = False,
     ) -> None:
         self._table = table
         self._model = model
@@ -178,6 +188,7 @@ class DecodeLoop:
             prefix_cache_bytes=prefix_cache_bytes,
         )
         self._declare(stops, state)
+        self._embedder = SlotEmbedder(table, buckets, state) if embeds else None
 
     @property
     def active(self) -> int:
@@ -342,6 +353,7 @@ class DecodeLoop:
         stats.ran(dispatch.shape, fresh, sum(dispatch.counts), again=len(some) - len(fresh))
         stats.cached_tokens += sum(f.cached_tokens for f in dispatch.fillings) - cached
         tokens, done, failed = jax.device_get(out)
+        ended: list[int] = []
         for row, (occupant, count) in enumerate(zip(some, dispatch.counts, strict=True)):
             occupant.counted = True
             filling = occupant.filling
@@ -351,7 +363,9 @@ class DecodeLoop:
             self._prefill.finish(self._state, filling, count)
             if occupant.decoding:
                 occupant.forced = occupant.job.close_at <= 0
-                self._emit(filling.slot, [int(tokens[row])], bool(done[row]), failed=False)
+                if self._emit(filling.slot, [int(tokens[row])], bool(done[row]), failed=False):
+                    ended.append(filling.slot)
+        self._release(ended)
 
     def _refuse(self, entry: Entry, error: Exception) -> None:
         log.warning("a prompt could not be prefilled: %s", error, exc_info=error)
@@ -376,14 +390,18 @@ class DecodeLoop:
         self.stats.dispatches += 1
         self.stats.slot_steps += tokens.size
         self.queue.ran(int((tokens != NO_TOKEN).sum()), time.monotonic() - start)
+        ended: list[int] = []
         for slot in range(slots):
             occupant = self._slots[slot]
             if occupant is not None and occupant.decoding:
                 occupant.forced |= bool(forced[slot] >= 0)
                 new = [int(t) for t in tokens[:, slot] if t != NO_TOKEN]
-                self._emit(slot, new, bool(done[slot]), bool(failed[slot]))
+                if self._emit(slot, new, bool(done[slot]), bool(failed[slot])):
+                    ended.append(slot)
+        self._release(ended)
 
-    def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> None:
+    def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> bool:
+        """Takes a slot's new tokens in; returns whether its sequence has ended."""
         occupant = self._slots[slot]
         assert occupant is not None
         entry = occupant.entry
@@ -397,7 +415,7 @@ class DecodeLoop:
                     "the model produced logits that are not finite numbers", reason="NAN"
                 ),
             )
-            return
+            return False
         if not done and occupant.job.stop is not None:
             done = occupant.job.stop.reached(occupant.tokens)
         if new and occupant.job.on_tokens is not None and not entry.dead:
@@ -406,19 +424,50 @@ class DecodeLoop:
             except Exception as error:
                 log.exception("a listener of generated tokens failed")
                 complete(entry.future, error=as_tte(error))
-        if done:
+        if not done and self._is_closed is not None and not occupant.closed:
+            occupant.closed = self._is_closed(occupant.tokens)
+        return done
+
+    def _release(self, ended: Sequence[int]) -> None:
+        """Completes the sequences of these slots, embedded if they ask for it, and frees them."""
+        occupants = [(slot, o) for slot in ended if (o := self._slots[slot]) is not None]
+        now = time.monotonic()
+        embeddings = self._embed(occupants)
+        for slot, occupant in occupants:
+            entry = occupant.entry
             self._slots[slot] = None
             result = Generated(
                 tokens=occupant.tokens,
                 forced=occupant.forced,
                 cached_tokens=occupant.filling.cached_tokens,
                 queue_s=entry.queue_s,
-                compute_s=time.monotonic() - entry.started_at,
+                compute_s=now - entry.started_at,
+                embedding=embeddings.get(slot),
             )
             if complete(entry.future, result=result):
                 self.queue.stats.completed += 1
-        elif self._is_closed is not None and not occupant.closed:
-            occupant.closed = self._is_closed(occupant.tokens)
+
+    def _embed(self, occupants: Sequence[tuple[int, _Occupant]]) -> dict[int, SlotVector]:
+        """Embeddings by slot; without those that cannot be made here, which others then make."""
+        if self._embedder is None or self._state is None:
+            return {}
+        made: dict[int, SlotVector] = {}
+        try:
+            wanted = [
+                (slot, rest)
+                for slot, o in occupants
+                if o.job.embed and not o.entry.dead and (rest := o.job.embed(o.tokens))
+            ]
+            for (slot, _), one in zip(
+                wanted, self._embedder.embed(self._state, wanted), strict=True
+            ):
+                if one is not None:
+                    made[slot] = one
+        except Exception:  # the reasonings are whole without it
+            log.exception("slots could not be embedded")
+        self.stats.embedded += len(made)
+        self.queue.stats.cached_tokens += sum(one.reused for one in made.values())
+        return made
 
     def _fail_all(self, error: TteError) -> None:
         for slot, occupant in enumerate(self._slots):

@@ -196,7 +196,7 @@ class TaskRunner:
     async def _ingest(self, ecr: Ecr, tokens: int) -> _Pool:
         pool = _Pool(PoolIndex(keep_media=self.keep_media))
         cascade = self._cascade(ecr, pool.index)
-        usage: dict[str, Usage] = {}
+        usage: dict[tuple[str, str], Usage] = {}
         done = 0
         for instruction, items in groupby(
             self.task.candidates(), key=lambda item: item.instruction
@@ -216,7 +216,8 @@ class TaskRunner:
                 if update.final:
                     done += update.stored + update.failed
                     for spent in update.usage:
-                        usage[spent.stage] = _sum(usage.get(spent.stage), spent)
+                        key = (spent.stage, spent.within)
+                        usage[key] = _sum(usage.get(key), spent)
         pool.usage = tuple(usage.values())
         if not pool.index.documents and pool.error is not None:
             raise InvalidInputError(
@@ -307,4 +308,5 @@ def _sum(total: Usage | None, more: Usage) -> Usage:
         total.compute_s + more.compute_s,
         more.model_version or total.model_version,
         total.wall_s + more.wall_s,
+        more.within,
     )

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from tte_jax.content import NO_REASONING, Content, Media, Reasoning, Side, Task
 from tte_jax.errors import (
     InvalidInputError,
@@ -28,6 +30,7 @@ from tte_jax.preprocess.template import (
     MediaSlot,
     Piece,
     Prompt,
+    Tagged,
     Turn,
     assemble,
 )
@@ -203,6 +206,9 @@ class PromptSet:
           InvalidInputError: the content is empty or does not suit the forced task.
           UnsupportedError: media for a text model.
         """
+        return self._assemble(self._wording.reason(self._reason_turn(item, field)))
+
+    def _reason_turn(self, item: ReasonItem, field: str) -> Turn:
         task = item.task or choose_task(item.content, item.side)
         _require(item.content, field)
         seen = wanted = NO_REASONING
@@ -225,7 +231,7 @@ class PromptSet:
                     field="query",
                     reason="EMPTY_QUERY",
                 )
-        turn = Turn(
+        return Turn(
             task=task,
             side=item.side,
             media=_slots(item.content, field),
@@ -234,7 +240,6 @@ class PromptSet:
             seen=seen,
             wanted=wanted,
         )
-        return self._assemble(self._wording.reason(turn))
 
     def embed(
         self, item: EmbedItem, *, mode: EmbedMode = EmbedMode.WHOLE, field: str = "content"
@@ -245,6 +250,9 @@ class PromptSet:
           InvalidInputError: the content is empty.
           UnsupportedError: media for a text model.
         """
+        return self._assemble(self._embed_pieces(item, mode, field))
+
+    def _embed_pieces(self, item: EmbedItem, mode: EmbedMode, field: str) -> list[Piece]:
         _require(item.content, field)
         turn = Turn(
             task=choose_task(item.content, item.side),
@@ -256,7 +264,42 @@ class PromptSet:
         pieces = self._wording.embed(turn, _ecr_part(item.reasoning, mode))
         if self._published is not None:  # their code lets the tokenizer close the text
             pieces = [*pieces, Ids(self.tokenizer.closing_ids)]
-        return self._assemble(pieces)
+        return pieces
+
+    @cached_property
+    def unified(self) -> bool:
+        """Whether the embedder reads on where the reasoner stopped: the same turn, then the ECR."""
+        probe = ReasonItem(Content.of("probe"), Side.QUERY)
+        try:
+            return self.embed_ids(probe, self.reason(probe), "") is not None
+        except UnsupportedError:  # prompts for one role only
+            return False
+
+    def embed_ids(self, item: ReasonItem, asked: Prompt, reasoning: str) -> np.ndarray | None:
+        """The ids of `embed` of the same content with this ECR, made without reading its media.
+
+        Args:
+          item: what was reasoned about.
+          asked: its `reason` prompt.
+          reasoning: the ECR's text.
+
+        Returns:
+          [T] int32; None when the embedder's sequence does not begin with the reasoner's turn, as
+          for a rewrite, a forced task, or prompts that word the two differently.
+        """
+        content = EmbedItem(item.content, item.side, reasoning, item.instruction)
+        start = self._wording.reason(self._reason_turn(item, "content"))
+        whole = self._embed_pieces(content, EmbedMode.WHOLE, "content")
+        added = whole[len(start) :]
+        if whole[: len(start)] != start or any(isinstance(p, MediaSlot) for p in added):
+            return None
+        # Texts that touch are encoded together, so what follows the last control token is redone.
+        texts = 0
+        while texts < len(start) and isinstance(start[-1 - texts], str | Tagged):
+            texts += 1
+        kept = len(asked.ids) - len(self._assemble(start[len(start) - texts :]).ids)
+        tail = self._assemble(whole[len(start) - texts :])
+        return np.concatenate([asked.ids[:kept], tail.ids])
 
     @property
     def rerank_media(self) -> bool:
