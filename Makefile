@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-devices crash lint format types protos breaking bench \
+.PHONY: help install serve demo test test-devices crash proofs lint format types protos breaking bench \
   bench-engine bench-index parity clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
 	@echo "make test      the test suite; make test-devices: serving and training on eight devices"
 	@echo "make crash     200 times kill -9 in the middle of writes, 30 times of the training loop"
+	@echo "make proofs    2,000 requests of random shape, 1,000 mostly cancelled, for each model service"
 	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
@@ -70,6 +71,11 @@ test-devices: $(VENV)/.installed-dev
 crash: $(VENV)/.installed-dev
 	TTE_CRASH_ROUNDS=200 $(BIN)/python -m pytest -q tests/index/test_crash.py
 	TTE_LOOP_KILLS=30 $(BIN)/python -m pytest -q -s tests/training/mining/test_loop_crash.py
+
+# Of each built-in model service: nothing compiles, nothing is left behind, nothing is lost. Minutes.
+proofs: $(VENV)/.installed-dev
+	TTE_PROOF_REQUESTS=2000 TTE_PROOF_CANCELS=1000 TTE_PROOF_MODELS=builtin \
+	$(BIN)/python -m pytest -q -s --timeout 3600 tests/proofs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
