@@ -17,11 +17,16 @@ from benchmarks.markdown import table
 
 # The first that matches a kernel's (or a CPU thunk's) name says what it is.
 KINDS = (
-    ("products", r"gemm|gemv|cublas|cutlass|nvjet|dot|matmul|wgmma|sm90_xmma|convolution"),
+    (
+        "products",
+        r"gemm|gemv|ynn_fusion|cublas|cutlass|nvjet|dot|matmul|wgmma|sm90_xmma|convolution",
+    ),
     ("copies", r"memcpy|copy|dynamic.update.slice|dynamic.slice|gather|scatter|concatenate|memset"),
     ("reductions, softmax, norms", r"reduce|softmax|norm"),
     ("other fusions", r"fusion|loop_|input_|wrapped|triton"),
 )
+# A CPU's trace also has what encloses and what ends its thunks.
+ENCLOSING = r"ThunkExecutor|end: |while"
 TOP = 12
 
 
@@ -94,7 +99,11 @@ def _lines(file: Path) -> Iterable[list[tuple[str, float, float]]]:
     for plane in chosen or [p for p in planes if p.name.startswith("/host:CPU")]:
         for line in plane.lines:
             if re.search(wanted, line.name, re.I):
-                events = [(e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9) for e in line.events]
+                events = [
+                    (e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9)
+                    for e in line.events
+                    if not re.match(ENCLOSING, e.name)
+                ]
                 if events:
                     yield events
 
