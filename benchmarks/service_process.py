@@ -54,8 +54,8 @@ class ServiceProcess:
                 found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
 
-    def resident_bytes(self) -> int:
-        return status_field(self.process.pid, "VmRSS") * 1024
+    def memory_bytes(self) -> int:
+        return private_bytes(self.process.pid)
 
     def threads(self) -> int:
         return status_field(self.process.pid, "Threads")
@@ -63,6 +63,15 @@ class ServiceProcess:
     def open_files(self) -> int:
         """File descriptors, sockets included."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+def private_bytes(pid: int) -> int:
+    """Anonymous memory of a process, in memory or swapped out: what a leak is made of.
+
+    The resident set alone also shrinks when the system takes idle pages away, and grows with mapped
+    files that are read again.
+    """
+    return 1024 * (status_field(pid, "RssAnon") + status_field(pid, "VmSwap"))
 
 
 def status_field(pid: int, name: str) -> int:

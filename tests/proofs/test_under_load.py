@@ -119,7 +119,7 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
     await load(running, 2 * CLIENTS, seed=2)  # pools have their threads
     compiled = running.metrics()["tte_compile_count"]
     first = await once(3)
-    threads, memory = running.threads(), running.resident_bytes()
+    threads, memory = running.threads(), running.memory_bytes()
     second = await once(4)
 
     for ended in (first, second):
@@ -130,7 +130,7 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
         assert stayed <= {"OK", "INVALID_ARGUMENT", "over before"}, ended
     await until(lambda: running.open_files() <= files, "closed connections")
     assert running.threads() <= threads
-    grown = running.resident_bytes() - memory
+    grown = running.memory_bytes() - memory
     print(f"{running.role}: {dict(first)}, {dict(second)}; {grown / 2**20:+.1f} MiB")
     assert grown < MEMORY_SLACK
     # Every place is free again: more at once than there are slots are answered.
