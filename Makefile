@@ -15,8 +15,8 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-devices gate crash lint format types protos breaking bench \
-  bench-engine bench-index parity clean
+.PHONY: help install serve demo test test-devices gate proofs crash lint format types protos \
+  breaking bench bench-engine bench-index parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -24,6 +24,7 @@ help:
 	@echo "make test      the test suite; make test-devices: serving and training on eight devices"
 	@echo "make gate      mini-MMEB with the built-in models against the committed results"
 	@echo "make crash     200 times kill -9 in the middle of writes, 30 times of the training loop"
+	@echo "make proofs    2,000 requests of random shape, 1,000 mostly cancelled, for each model service"
 	@echo "make lint      ruff, buf (make format repairs); make types: basedpyright"
 	@echo "make protos    generate the package tte from protos/"
 	@echo "make breaking  compare the API with BASE=<git ref> (default origin/main)"
@@ -75,6 +76,11 @@ gate: $(VENV)/.installed-dev
 crash: $(VENV)/.installed-dev
 	TTE_CRASH_ROUNDS=200 $(BIN)/python -m pytest -q tests/index/test_crash.py
 	TTE_LOOP_KILLS=30 $(BIN)/python -m pytest -q -s tests/training/mining/test_loop_crash.py
+
+# Of each built-in model service: nothing compiles, nothing is left behind, nothing is lost. Minutes.
+proofs: $(VENV)/.installed-dev
+	TTE_PROOF_REQUESTS=2000 TTE_PROOF_CANCELS=1000 TTE_PROOF_MODELS=builtin \
+	$(BIN)/python -m pytest -q -s --timeout 3600 tests/proofs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -86,7 +86,21 @@ def startup(result: Mapping[str, Any]) -> str:
 
 def engine(result: Mapping[str, Any]) -> str:
     """What, goal, and the figure of each size of model with its verdict."""
-    return summary(dict(result)) + _footnote(result)
+    parts = {
+        f"{size} {name}": part["about"]
+        for size, figures in result["sizes"].items()
+        for name, part in figures.items()
+        if "about" in part
+    }
+    newest = max(parts.values(), key=lambda about: about["date"])
+    commits = ", ".join(dict.fromkeys(about["commit"] for about in parts.values()))
+    busy = [name for name, about in parts.items() if about["noisy"]]
+    noisy = f" **Other work ran on the machine beside: {', '.join(busy)}.**" if busy else ""
+    machine = newest["machine"]
+    return summary(dict(result)) + (
+        f"\n`python -m benchmarks.engine`, until {newest['date']}, commits {commits}, "
+        f"{machine['cores']} cores ({machine['cpu']}), jax {newest['versions']['jax']}.{noisy}\n"
+    )
 
 
 def index(result: Mapping[str, Any]) -> str:

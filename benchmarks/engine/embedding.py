@@ -49,7 +49,7 @@ def picture(rng: np.random.Generator, side: int) -> bytes:
 def compare(directory: Path, *, count: int, rounds: int, largest: int) -> dict[str, Any]:
     """Throughput of both sides on the same prompts; features are computed anew in each round."""
     items = inputs(count, largest=largest)
-    torch = reference.VisionLanguage(directory)
+    torch = reference.VisionLanguage.from_dir(directory)
     with Embedder.from_pretrained(directory) as embedder:
         prompts = [embedder.served.prompts.embed(item) for item in items]
         tokens = np.array([len(p.ids) for p in prompts])

@@ -33,7 +33,7 @@ def compare(directory: Path, *, requests: int, rounds: int) -> dict[str, Any]:
         else:
             content = Content.of(", ".join(rng.choice(names, i // 2 % 4 + 1)))
         items.append(ReasonItem(content, Side.QUERY))
-    torch = reference.VisionLanguage(directory)
+    torch = reference.VisionLanguage.from_dir(directory)
     first: dict[str, list[float]] = {"ours": [], "torch": []}
     made: dict[str, list[np.ndarray]] = {}
     with Reasoner.from_pretrained(directory) as reasoner:

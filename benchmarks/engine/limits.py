@@ -117,11 +117,12 @@ def _decode(reasoner: Reasoner, steps: int) -> Callable[[], None]:
     """Runs one dispatch of one sequence that never ends."""
     slots = reasoner.served.buckets.slots
     alive, closed = np.ones(slots, bool), np.zeros(slots, bool)
+    holder = [_state(reasoner, done=False)]
 
     def run() -> None:
-        state = _state(reasoner, done=False)
-        _, tokens, *_ = reasoner.table.run("decode", DECODE, state, alive, closed)
+        state, tokens, *_ = reasoner.table.run("decode", DECODE, holder[0], alive, closed)
         tokens.block_until_ready()
+        holder[0] = _at_start(state, done=False)
         assert int((np.asarray(tokens) >= 0).sum()) == steps
 
     return run
@@ -132,9 +133,23 @@ def _state(reasoner: Reasoner, *, done: bool) -> programs.DecodeState:
     state = programs.empty_state(
         reasoner.served.model, slots=buckets.slots, length=buckets.cache_length
     )
-    never = jnp.full((buckets.slots,), 2**30, jnp.int32)
-    read = jnp.full((buckets.slots,), 40, jnp.int32)
+    return _at_start(state, done=done)
+
+
+def _at_start(state: programs.DecodeState, *, done: bool) -> programs.DecodeState:
+    """The same caches with every slot at its 40th token and no end in sight."""
+    slots = state.length.shape[0]
+
+    def everywhere(value: int) -> jax.Array:
+        # A buffer each: the programs take all of them over, and none can be given twice.
+        return jnp.full((slots,), value, jnp.int32)
+
     control = replace(
-        state.control, done=jnp.full((buckets.slots,), done), limit=never, close_at=never
+        state.control,
+        done=jnp.full((slots,), done),
+        limit=everywhere(2**30),
+        close_at=everywhere(2**30),
     )
-    return jax.block_until_ready(replace(state, length=read, next_pos=read + 0, control=control))
+    return jax.block_until_ready(
+        replace(state, length=everywhere(40), next_pos=everywhere(40), control=control)
+    )

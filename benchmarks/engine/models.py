@@ -6,6 +6,7 @@ not dispatch, is most of their cost.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -74,17 +75,23 @@ def _wide(text: TextConfig) -> TextConfig:
 
 
 def _write(folder: Path, config: ModelConfig, like: Path, roles: list[str]) -> Path:
+    """The model, unless the folder has it: `tte.json` is written last of all."""
+    raw = config_json(config) | {"dtype": "float32"}
+    spec = {
+        "format": 1, "prompts": "mini", "role": roles, "name": folder.name, "buckets": BUCKETS,
+        "config": hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest(),
+    }  # fmt: skip
+    if (folder / "tte.json").is_file() and json.loads((folder / "tte.json").read_text()) == spec:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(like / name, folder / name)
-    raw = config_json(config) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(raw))
     if config.vision is not None:
         processor = json.loads((like / "preprocessor_config.json").read_text())
         processor["size"]["longest_edge"] = LARGEST**2
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    spec = {"format": 1, "prompts": "mini", "role": roles, "name": folder.name, "buckets": BUCKETS}
-    (folder / "tte.json").write_text(json.dumps(spec))
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     for entry in entries(model_config(folder)):
@@ -97,6 +104,7 @@ def _write(folder: Path, config: ModelConfig, like: Path, roles: list[str]) -> P
                 value = rng.normal(0, 0.02, entry.hf_shape)
             tensors[entry.name.format(l=layer)] = value.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tte.json").write_text(json.dumps(spec))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch side: transformers' models on the same weights and token ids, in float32."""
+"""The PyTorch side: transformers' models on the same token ids, where and as they were loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ PAD = 0
 
 
 class VisionLanguage:
-    """A Qwen2-VL directory in transformers."""
+    """A Qwen2-VL of transformers."""
 
-    def __init__(self, directory: Path) -> None:
-        self._model: Any = Qwen2VLForConditionalGeneration.from_pretrained(
-            directory, dtype=torch.float32
-        ).eval()
-        self._image = self._model.config.image_token_id
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+        self._image = model.config.image_token_id
+
+    @classmethod
+    def from_dir(cls, directory: Path) -> VisionLanguage:
+        """A model directory on the CPU in float32."""
+        return cls(Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32))
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[Prompt], batch: int) -> np.ndarray:
@@ -40,7 +43,7 @@ class VisionLanguage:
             hidden = self._model.model(**inputs, use_cache=False).last_hidden_state
             ends = inputs["attention_mask"].sum(1) - 1
             last = hidden[torch.arange(len(part)), ends]
-            out.append(torch.nn.functional.normalize(last, dim=-1).numpy())
+            out.append(torch.nn.functional.normalize(last, dim=-1).float().cpu().numpy())
         return np.concatenate(out)
 
     @torch.no_grad()
@@ -72,7 +75,7 @@ class VisionLanguage:
             pad_token_id=PAD,
             logits_processor=[Listener()],
         )
-        return out[:, inputs["input_ids"].shape[1] :].numpy()
+        return out[:, inputs["input_ids"].shape[1] :].cpu().numpy()
 
     def _inputs(self, prompts: Sequence[Prompt], *, left: bool) -> dict[str, Any]:
         longest = max(len(p.ids) for p in prompts)
@@ -92,25 +95,29 @@ class VisionLanguage:
             pixels = np.concatenate([patches for patches, _ in images])
             inputs["pixel_values"] = torch.from_numpy(pixels)
             inputs["image_grid_thw"] = torch.tensor([list(grid) for _, grid in images])
-        return inputs
+        return {name: value.to(self._model.device) for name, value in inputs.items()}
 
 
 class Text:
-    """A Qwen3 directory in transformers, as a yes/no reranker."""
+    """A Qwen3 or Qwen2 of transformers, as a yes/no reranker."""
 
-    def __init__(self, directory: Path, yes: int, no: int) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32
-        ).eval()
-        head = self._model.lm_head.weight
+    def __init__(self, model: Any, yes: int, no: int) -> None:
+        self._model = model.eval()
+        head = model.lm_head.weight
         self._difference = (head[yes] - head[no]).detach()
+
+    @classmethod
+    def from_dir(cls, directory: Path, yes: int, no: int) -> Text:
+        """A model directory on the CPU in float32."""
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return cls(model, yes, no)
 
     @torch.no_grad()
     def pointwise(self, prefix: np.ndarray, suffixes: np.ndarray, batch: int) -> np.ndarray:
         """[N] P(yes); every candidate with the whole prefix, `batch` at a time."""
         whole = np.concatenate([np.tile(prefix, (len(suffixes), 1)), suffixes], axis=1)
         parts = [
-            self._scores(self._model.model(torch.from_numpy(part), use_cache=False))
+            self._scores(self._model.model(self._ids(part), use_cache=False))
             for part in np.split(whole, range(batch, len(whole), batch))
         ]
         return np.concatenate(parts)
@@ -118,17 +125,20 @@ class Text:
     @torch.no_grad()
     def shared(self, prefix: np.ndarray, suffixes: np.ndarray, batch: int) -> np.ndarray:
         """[N] P(yes); the prefix is read once, and its cache driven by hand."""
-        read = self._model.model(torch.from_numpy(prefix[None]), use_cache=True).past_key_values
+        read = self._model.model(self._ids(prefix[None]), use_cache=True).past_key_values
         parts = []
         for part in np.split(suffixes, range(batch, len(suffixes), batch)):
             cache = copy.deepcopy(read)
             cache.batch_repeat_interleave(len(part))
-            ids = torch.from_numpy(part)
-            parts.append(self._scores(self._model.model(ids, past_key_values=cache)))
+            parts.append(self._scores(self._model.model(self._ids(part), past_key_values=cache)))
         return np.concatenate(parts)
 
+    def _ids(self, ids: np.ndarray) -> Any:
+        return torch.from_numpy(ids).to(self._model.device)
+
     def _scores(self, output: Any) -> np.ndarray:
-        return torch.sigmoid(output.last_hidden_state[:, -1] @ self._difference).numpy()
+        scores = torch.sigmoid(output.last_hidden_state[:, -1] @ self._difference)
+        return scores.float().cpu().numpy()
 
 
 def use_threads(count: int) -> None:

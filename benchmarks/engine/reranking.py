@@ -30,7 +30,7 @@ def compare(
         ]
         before = np.array(prompts.rerank_prefix(query).ids)
         after = np.array([prompts.rerank_suffix(t).ids for t in texts])
-        torch = reference.Text(directory, prompts.yes_id, prompts.no_id)
+        torch = reference.Text.from_dir(directory, prompts.yes_id, prompts.no_id)
 
         def ours() -> np.ndarray:
             reranker.prefix_cache.clear()

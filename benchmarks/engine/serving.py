@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +17,11 @@ import numpy as np
 from benchmarks.engine.embedding import inputs
 from benchmarks.engine.reranking import WORDS
 from benchmarks.engine.rounds import row, spread
+from benchmarks.service_process import start
 from tte.v1 import embedder_pb2, embedder_pb2_grpc
 from tte_jax.client.stages import RemoteEmbedder, RemoteReasoner, RemoteReranker
 from tte_jax.content import Side
 from tte_jax.embedder import Embedder
-from tte_jax.engine.executables import enable_compile_cache
 from tte_jax.local import LocalEmbedder, LocalReasoner, LocalReranker
 from tte_jax.reasoner import Reasoner
 from tte_jax.reranker import Reranker
@@ -40,22 +34,23 @@ HOPS = 2000
 Call = Callable[[], Awaitable[Any]]
 
 
-@dataclass(frozen=True)
-class Server:
-    """A service in a process of its own and the seconds until it said SERVING."""
-
-    address: str
-    seconds: float
-
-
 async def load(
-    models: Mapping[str, Path], *, clients: int, requests: int, rounds: int, largest: int
+    models: Mapping[str, Path],
+    *,
+    clients: int,
+    requests: int,
+    rounds: int,
+    largest: int,
+    compiled: Path,
 ) -> dict[str, Any]:
-    """`requests` of `clients` at once: a third each of reasonings, embeddings and rerankings."""
+    """`requests` of `clients` at once: a third each of reasonings, embeddings and rerankings.
+
+    Args:
+      compiled: the compile cache that this process uses already; the services use it too.
+    """
     seconds: dict[str, list[float]] = {"grpc": [], "in process": []}
     fresh = itertools.count()
     with tempfile.TemporaryDirectory(prefix="tte-bench-") as cache:
-        enable_compile_cache(Path(cache) / "compiled")
         roles = (
             Reasoner.from_pretrained(models["reasoner"]),
             Embedder.from_pretrained(models["embedder"]),
@@ -66,7 +61,9 @@ async def load(
         local = (LocalReasoner(roles[0]), LocalEmbedder(roles[1]), LocalReranker(roles[2]))
         async with contextlib.AsyncExitStack() as stack:
             addresses = {
-                role: stack.enter_context(start(role, models[role], Path(cache))).address
+                role: stack.enter_context(
+                    start(role, models[role], Path(cache), flags=[f"--compile-cache={compiled}"])
+                ).address
                 for role in ROLES
             }
             remote = (
@@ -112,51 +109,12 @@ def starts(model: Path) -> dict[str, Any]:
         seconds = []
         for _ in range(2):
             with start("embedder", model, Path(cache)) as server:
-                seconds.append(server.seconds)
+                seconds.append(server.start_s)
     share = round(seconds[1] / seconds[0], 3)
     return {
         "seconds": [round(s, 2) for s in seconds],
         "rows": [row("second start, of the first", share, 0.3, " ×", most=True)],
     }
-
-
-@contextlib.contextmanager
-def start(role: str, model: Path, data: Path) -> Iterator[Server]:
-    """A model service on a free port, once it serves; it is ended afterwards."""
-    command = [sys.executable, "-m", "servers", role, "--port=0", f"--data-dir={data}"]
-    command += [f"--{role}-model={model}", f"--parent-pid={os.getpid()}", "--log-level=INFO"]
-    log = data / f"{role}.log"
-    began = time.perf_counter()
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        while not (found := re.search(r"listens on \S*:(\d+)", log.read_text())):
-            _alive(process, log, began)
-        address = f"127.0.0.1:{found[1]}"
-        with grpc.insecure_channel(address) as channel:
-            _wait_until_serving(channel, lambda: _alive(process, log, began))
-        yield Server(address, time.perf_counter() - began)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-
-
-def _wait_until_serving(channel: grpc.Channel, check: Callable[[], None]) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    stub: Any = health_pb2_grpc.HealthStub(channel)
-    while True:
-        with contextlib.suppress(grpc.RpcError):
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-        check()
-
-
-def _alive(process: subprocess.Popen[bytes], log: Path, began: float) -> None:
-    if process.poll() is not None or time.perf_counter() - began > 300:
-        raise RuntimeError(f"the service did not start:\n{log.read_text()[-2000:]}")
-    time.sleep(0.02)
 
 
 def _calls(stages: Any, count: int, largest: int, *, seed: int) -> list[Call]:

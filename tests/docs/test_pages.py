@@ -120,3 +120,14 @@ def test_every_package_of_the_library_has_a_room() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     for file in (ROOT / "tte_jax").glob("*/__init__.py"):
         assert f"`tte_jax/{file.parent.name}/`" in text
+
+
+def test_the_faults_tests_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
+    assert len(named) >= 30
+    for file, test in named:
+        found = re.findall(rf"^(?:async )?def {test}\(", (ROOT / file).read_text(), re.M)
+        assert len(found) == 1, f"{file}::{test}"
+    faults = re.findall(r"^\| F(\d+) .*\| `tests/", text, re.M)
+    assert faults == [str(number) for number in range(1, 19)]

@@ -108,3 +108,23 @@ def test_what_was_acknowledged_survives_the_index_being_killed(
     assert (again.skipped, again.failed) == (len(documents), 0)
     deleted, unknown = client.delete_documents(list(given), timeout_s=60.0)
     assert sorted(deleted) == sorted(given) and not unknown
+
+
+def test_a_reranker_that_hangs_costs_its_stage_and_no_more(system: System, client: Client) -> None:
+    """Stopped, not dead: its connection stays open and nothing comes back."""
+    pid = system.state.service("reranker").pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        answer = client.search_final(query("a hanging cat", deadline_s=8.0))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert answer.final and answer.results and answer.stage is SearchStage.FIRST_STAGE
+    assert {d.stage for d in answer.degraded} == {"rerank"}
+
+    def whole() -> bool:
+        found = client.search_final(query("a cat that goes on", deadline_s=60.0))
+        return found.stage is SearchStage.RERANKED and not found.degraded
+
+    running.until(whole, "a whole search")
+    assert system.state.service("reranker").pid == pid
+    system.assert_healthy()

@@ -1,0 +1,69 @@
+"""Clients that ping through a long call keep their connection: a server's limit on pings, which
+gRPC sets to one in five minutes, would send them away with GOAWAY `too_many_pings`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from servers import runtime
+from servers.settings import Settings
+from tests.servers import echo
+from tte.v1 import embedder_pb2_grpc
+
+# A call of two and a half minutes with a ping every 30 s, so many times as fast: clients of gRPC
+# ping at most once a second.
+FASTER = 25
+LIMIT = "grpc.http2.min_ping_interval_without_data_ms"
+PING_MS, CALL_S = 30_000 // FASTER, 150 / FASTER
+GRPCS_OWN_MS = 300_000
+
+
+async def through_a_long_call(limit_ms: int) -> grpc.StatusCode:
+    """How the call ends with a server that allows a ping every `limit_ms`, sped up too."""
+    servicer, stop = echo.Echo(), asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    others = [(name, value) for name, value in runtime.SERVER_OPTIONS if name != LIMIT]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runtime, "SERVER_OPTIONS", (*others, (LIMIT, limit_ms // FASTER)))
+    task = asyncio.create_task(
+        runtime.serve(
+            Settings(service="embedder", port=0, grace_s=1.0),
+            servicer.service,
+            stop=stop,
+            ready=port.set_result,
+        )
+    )
+    options = (
+        ("grpc.keepalive_time_ms", PING_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 0),
+    )
+    try:
+        address = f"127.0.0.1:{await port}"
+        patch.undo()
+        async with grpc.aio.insecure_channel(address, options=options) as channel:
+            stub = embedder_pb2_grpc.EmbedderServiceStub(channel)
+            try:
+                await stub.Embed(echo.request(how=str(round(1000 * CALL_S))))
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+    finally:
+        servicer.hold.set()
+        stop.set()
+        await task
+
+
+async def test_pings_through_a_long_call_do_not_end_it() -> None:
+    ours = dict(runtime.SERVER_OPTIONS)[LIMIT]
+    assert await through_a_long_call(ours) is grpc.StatusCode.OK
+
+
+async def test_with_grpcs_own_limit_they_would() -> None:
+    assert await through_a_long_call(GRPCS_OWN_MS) is grpc.StatusCode.UNAVAILABLE
