@@ -76,6 +76,7 @@ class Embedder(Role):
                 lay.rows(jnp.int32, rows),
                 lay.whole(self._dtype, rows * tokens, config.feature_size) if vision else None,
                 lay.rows(jnp.int32, rows, tokens) if vision else None,
+                tokens=rows * tokens,
             )
 
     @property

@@ -95,6 +95,7 @@ class Reranker(Role):
                 lay.whole(jnp.int32, 1),
                 lay.whole(dtype, length, width) if vision else None,
                 lay.whole(jnp.int32, 1, length) if vision else None,
+                tokens=length,
             )
             cache: Any = lay.cache(c, dtype, 1, length)
             filled: Any = lay.whole(jnp.int32, 1)
@@ -110,6 +111,7 @@ class Reranker(Role):
                     lay.rows(jnp.int32, rows),
                     lay.whole(dtype, rows * tokens, width) if vision else None,
                     lay.rows(jnp.int32, rows, tokens) if vision else None,
+                    tokens=rows * tokens,
                 )
 
     @property

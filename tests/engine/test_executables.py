@@ -24,7 +24,7 @@ def model():
 def table(model):
     made = ExecutableTable(model)
     for size in (2, 4):
-        made.add("double", size, double, jax.ShapeDtypeStruct((size,), jnp.float32))
+        made.add("double", size, double, jax.ShapeDtypeStruct((size,), jnp.float32), tokens=0)
     return made
 
 

@@ -30,6 +30,13 @@ Progress = Callable[[int, int, str], None]
 # two gained nothing on small models and doubled the peak memory on large ones.
 COMPILE_THREADS = 2
 
+CACHED_BYTES = 64 * 2**20
+FEW_TOKENS = 256
+"""Up to so many tokens, copying weights out of their stacks is a large part of a program where they
+come from memory: of 114 M parameters, 8 steps of one sequence take 596 ms stacked and 281 ms apart,
+of four 1,107 and 713 (two busy cores). Models of up to `CACHED_BYTES` gain a fifth for one sequence
+and nothing beyond."""
+
 
 class _CompileCounter:
     """Counts XLA compilations of this process, those answered by the persistent cache included."""
@@ -94,10 +101,27 @@ def enable_compile_cache(directory: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
+class _Parameters:
+    """A model as flat leaves, and the way back."""
+
+    leaves: tuple[jax.Array, ...]
+    model: Callable[[tuple[Any, ...]], MultimodalLM]
+
+    @classmethod
+    def of(cls, model: MultimodalLM) -> _Parameters:
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        return cls(
+            tuple(leaves), lambda flat: nnx.merge(graph, jax.tree.unflatten(tree, list(flat)))
+        )
+
+
+@dataclass(frozen=True)
 class _Program:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donate: tuple[int, ...]
+    parameters: _Parameters
 
 
 class ExecutableTable:
@@ -107,15 +131,18 @@ class ExecutableTable:
       layout: where arguments lie; parameters lie as they were loaded.
 
     Parameters are passed as flat leaves: handing a module of hundreds of variables to an
-    executable costs more host time than a decode step of a small model takes.
+    executable costs more host time than a decode step of a small model takes. On a CPU, programs of
+    few tokens get each layer's weights apart, see `models.stack`.
     """
 
     def __init__(self, model: MultimodalLM, layout: Layout = ONE_DEVICE) -> None:
         self.layout = layout
-        graph, state = nnx.split(model)
-        leaves, tree = jax.tree.flatten(state)
-        self._leaves = tuple(leaves)
-        self._merge = lambda flat: nnx.merge(graph, jax.tree.unflatten(tree, flat))
+        self._stacked = self._apart = _Parameters.of(model)
+        self._few_tokens = 0
+        if layout.mesh is None and jax.default_backend() == "cpu":
+            self._apart = _Parameters.of(model.apart())
+            size = sum(x.nbytes for x in self._stacked.leaves)
+            self._few_tokens = FEW_TOKENS if size > CACHED_BYTES else 1
         self._programs: dict[tuple[str, Hashable], _Program] = {}
         self._table: dict[tuple[str, Hashable], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -138,14 +165,17 @@ class ExecutableTable:
         function: Callable[..., Any],
         *arguments: Any,
         donate: tuple[int, ...] = (),
+        tokens: int,
     ) -> None:
         """Declares `function(model, *arguments)`.
 
         Args:
+          tokens: that a run computes (or patches), padding included; 0 = it uses no weights.
           arguments: pytrees of `jax.ShapeDtypeStruct`, made by `layout`.
           donate: which of `arguments` (from 0) the program may overwrite.
         """
-        self._programs[name, key] = _Program(function, arguments, donate)
+        of = self._apart if 0 < tokens <= self._few_tokens else self._stacked
+        self._programs[name, key] = _Program(function, arguments, donate, of)
 
     def cancel(self) -> None:
         """Ends a running warm-up after the programs that compile at this moment."""
@@ -189,17 +219,19 @@ class ExecutableTable:
             raise InternalError(
                 f"no executable {name}{_shape_text(key)}: it was not compiled at warm-up"
             ) from None
-        placed = self.layout.put(arguments, self._programs[name, key].arguments)
-        return compiled(self._leaves, *placed)
+        program = self._programs[name, key]
+        placed = self.layout.put(arguments, program.arguments)
+        return compiled(program.parameters.leaves, *placed)
 
     def _compile(self, program: _Program) -> jax.stages.Compiled:
         def call(flat: tuple[Any, ...], *arguments: Any) -> Any:
-            return program.function(self._merge(flat), *arguments)
+            return program.function(program.parameters.model(flat), *arguments)
 
         call.__name__ = getattr(program.function, "__name__", "program")
         donate = tuple(i + 1 for i in program.donate)
         shapes = tuple(
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for x in program.parameters.leaves
         )
         with self.layout.tracing():  # of this thread alone
             lowered = jax.jit(call, donate_argnums=donate).lower(shapes, *program.arguments)

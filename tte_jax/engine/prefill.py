@@ -121,6 +121,7 @@ class Prefill:
                 lay.whole(jnp.int32, rows),
                 jax.tree.map(lambda x, rows=rows: lay.whole(x.dtype, rows), state.control),
                 donate=(0,),
+                tokens=rows * tokens,
             )
         for rows, tokens, places in buckets.append:
             # Whole on every device of a mesh, as in decoding: rows are few, and their slots' caches
@@ -141,6 +142,7 @@ class Prefill:
                 lay.whole(jnp.int32, rows),
                 jax.tree.map(lambda x, rows=rows: lay.whole(x.dtype, rows), state.control),
                 donate=(0,),
+                tokens=rows * tokens,
             )
 
     def start(self, one: ModelInput, slot: int) -> Filling:

@@ -77,10 +77,10 @@ class PrefixCache:
                 (layers, 1, places, heads, size), state.k.dtype, sharding=state.k.sharding
             )
             one = lay.whole(jnp.int32)
-            table.add("keep", places, partial(keep, places=places), state, one, one)
+            table.add("keep", places, partial(keep, places=places), state, one, one, tokens=0)
             length: Any = lay.whole(jnp.int32, 1)
             kv = KVCache(k=kept, v=kept, length=length)
-            table.add("restore", places, restore, state, kv, one, donate=(0,))
+            table.add("restore", places, restore, state, kv, one, donate=(0,), tokens=0)
 
     def beginnings(self, one: ModelInput) -> tuple[Beginning, ...]:
         """The marked beginnings of a prompt that can be kept, shortest first."""

@@ -162,6 +162,7 @@ class SlotEmbedder:
                 lay.whole(jnp.int32, count, tokens),
                 lay.whole(jnp.int32, count),
                 lay.whole(jnp.int32, count),
+                tokens=count * tokens,
             )
 
     def embed(

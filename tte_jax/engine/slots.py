@@ -248,6 +248,7 @@ class DecodeLoop:
                 lay.whole(jnp.bool_, b.slots),
                 lay.whole(jnp.bool_, b.slots),
                 donate=(0,),
+                tokens=slots,
             )
 
     def _empty_state(self) -> DecodeState:

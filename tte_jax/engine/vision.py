@@ -77,6 +77,7 @@ class VisionEncoder:
                     rows(x.dtype, g, *x.shape)
                     for x in plan_vision([], bucket=p, **config.plan).arrays
                 ),
+                tokens=g * p,
             )
 
     @property

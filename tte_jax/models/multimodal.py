@@ -14,6 +14,7 @@ from tte_jax.models.config import (
     VisionConfig,
     WindowedVisionConfig,
 )
+from tte_jax.models.stack import Apart
 from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
 from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
@@ -37,6 +38,17 @@ class MultimodalLM(nnx.Module):
         self.text = TextDecoder(config.text, rngs=rngs, dtype=dtype)
         if config.vision is not None:
             self.visual = TOWERS[type(config.vision)](config.vision, rngs=rngs, dtype=dtype)
+
+    def apart(self) -> MultimodalLM:
+        """The same model and memory with every layer's weights as arrays of their own, see `stack`.
+
+        Only for a model on one CPU device, and for inference.
+        """
+        copy = nnx.merge(*nnx.split(self))
+        copy.text.layers = Apart(copy.text.layers)
+        if copy.config.vision is not None:
+            copy.visual.blocks = Apart(copy.visual.blocks)
+        return copy
 
     def encode_images(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
 from tte_jax.models.initial import Initial
+from tte_jax.models.stack import Stack, run_layers
 from tte_jax.nn.attention import Prefix, attend
 from tte_jax.nn.linear import columns, lookup, project
 from tte_jax.nn.norms import rms_norm
@@ -37,7 +38,7 @@ class KVCache:
     length: Array
 
 
-class DecoderLayers(nnx.Module):
+class DecoderLayers(Stack):
     """The stacked layers' weights. Names end in their dimensions, after the leading L."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
@@ -59,10 +60,6 @@ class DecoderLayers(nnx.Module):
         self.up_df = new.normal(c.hidden_size, c.intermediate_size)
         self.down_fd = new.residual(c.intermediate_size, c.hidden_size)
 
-    def weights(self) -> dict[str, Array]:
-        """The stacked arrays by name, for scanning."""
-        return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
-
 
 class TextDecoder(nnx.Module):
     """Embedding table, stacked layers, final norm and output head."""
@@ -73,7 +70,7 @@ class TextDecoder(nnx.Module):
         self.config = config
         shape, new = (config.vocab_size, config.hidden_size), Initial(rngs, dtype)
         self.embed_vd = new.normal(*shape)
-        self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
+        self.layers: Stack = DecoderLayers(config, rngs=rngs, dtype=dtype)
         self.norm_d = new.ones(config.hidden_size)
         if not config.tied:
             self.head_dv = new.normal(*shape[::-1])
@@ -120,7 +117,7 @@ class TextDecoder(nnx.Module):
             prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]
 
         def layer(x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
-            w, earlier, index = scanned
+            w, (earlier, index) = scanned
             h = rms_norm(x, w["attn_norm_d"], c.rms_eps)
             q = project("btd,dnh->btnh", h, w["q_dnh"])
             k = project("btd,dkh->btkh", h, w["k_dkh"])
@@ -146,7 +143,7 @@ class TextDecoder(nnx.Module):
         body = jax.checkpoint(layer) if remat else layer
         earlier = None if prefix is None else (prefix.k, prefix.v)
         index = None if deep is None else jnp.arange(c.layers)
-        x, kv = jax.lax.scan(body, x, (self.layers.weights(), earlier, index), unroll=unroll)
+        x, kv = run_layers(body, x, self.layers.weights(), (earlier, index), unroll=unroll)
         return rms_norm(x, self.norm_d[...], c.rms_eps), kv
 
     def head(self) -> Float[Array, "D V"]:

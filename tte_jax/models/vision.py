@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import VisionConfig
 from tte_jax.models.initial import Initial
+from tte_jax.models.stack import Stack, run_layers
 from tte_jax.nn.attention import attend
 from tte_jax.nn.linear import fold, project
 from tte_jax.nn.norms import layer_norm
@@ -59,7 +60,7 @@ def merge(
     return project("gpi,id->gpd", x, fc2_gd) + fc2_bias_d
 
 
-class AttentionBlocks(nnx.Module):
+class AttentionBlocks(Stack):
     """What the stacked blocks of all towers hold: the scales of two norms and the attention."""
 
     def __init__(self, config: VisionConfig, new: Initial) -> None:
@@ -69,10 +70,6 @@ class AttentionBlocks(nnx.Module):
         self.qkv_bias_3nh = new.zeros(3, heads, e // heads)
         self.o_nhe, self.o_bias_e = new.residual(heads, e // heads, e), new.zeros(e)
         self.norm2_e = new.ones(e)
-
-    def weights(self) -> dict[str, Array]:
-        """The stacked arrays by name, for scanning."""
-        return {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
 
 
 class VisionBlocks(AttentionBlocks):
@@ -130,7 +127,8 @@ class VisionTower(nnx.Module):
         cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         mask = segments[:, :, None] == segments[:, None, :]
 
-        def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:
+        def block(x: Array, scanned: tuple[dict[str, Array], None]) -> tuple[Array, None]:
+            w, _ = scanned
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
             x = x + vision_attention(h, w, cos, sin, mask)
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
@@ -139,7 +137,7 @@ class VisionTower(nnx.Module):
             return x + project("gpf,fe->gpe", h, w["fc2_fe"]) + w["fc2_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
-        x, _ = jax.lax.scan(body, x, self.blocks.weights(), unroll=unroll)
+        x, _ = run_layers(body, x, self.blocks.weights(), unroll=unroll)
         x = layer_norm(x, self.merge_norm_e[...], self.merge_norm_bias_e[...], LAYER_NORM_EPS)
         return merge(
             joined(x, c.embed_dim * c.merged),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import WindowedVisionConfig
 from tte_jax.models.initial import Initial
+from tte_jax.models.stack import run_layers
 from tte_jax.models.vision import (
     AttentionBlocks,
     joined,
@@ -89,7 +90,7 @@ class WindowedVisionTower(nnx.Module):
             return x + project("gpf,fe->gpe", inner, w["down_fe"]) + w["down_bias_e"], None
 
         body = jax.checkpoint(block) if remat else block
-        x, _ = jax.lax.scan(body, x, (self.blocks.weights(), full), unroll=unroll)
+        x, _ = run_layers(body, x, self.blocks.weights(), full, unroll=unroll)
         x = rms_norm(x, self.merge_norm_e[...], RMS_EPS)
         return merge(
             joined(x, c.embed_dim * c.merged),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from tte_jax.models.config import DeepStackVisionConfig
 from tte_jax.models.initial import Initial
+from tte_jax.models.stack import part, run_layers
 from tte_jax.models.vision import (
     LAYER_NORM_EPS,
     VisionBlocks,
@@ -105,7 +106,8 @@ class DeepStackVisionTower(nnx.Module):
         cos, sin = vision_rotary(hw, c.embed_dim // c.heads)
         mask = segments[:, :, None] == segments[:, None, :]
 
-        def block(x: Array, w: dict[str, Array]) -> tuple[Array, None]:
+        def block(x: Array, scanned: tuple[dict[str, Array], None]) -> tuple[Array, None]:
+            w, _ = scanned
             h = layer_norm(x, w["norm1_e"], w["norm1_bias_e"], LAYER_NORM_EPS)
             x = x + vision_attention(h, w, cos, sin, mask)
             h = layer_norm(x, w["norm2_e"], w["norm2_bias_e"], LAYER_NORM_EPS)
@@ -118,8 +120,7 @@ class DeepStackVisionTower(nnx.Module):
         weights, begin = self.blocks.weights(), 0
         tapped: dict[int, Array] = {}
         for end in sorted({*(i + 1 for i in c.deepstack_blocks), c.depth}):
-            part = jax.tree.map(lambda w, b=begin, e=end: w[b:e], weights)
-            x, _ = jax.lax.scan(body, x, part, unroll=unroll)
+            x, _ = run_layers(body, x, part(weights, begin, end), unroll=unroll)
             tapped[end - 1] = x
             begin = end
         added = [
