@@ -15,13 +15,14 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-devices gate proofs crash lint format types protos \
+.PHONY: help install serve demo test test-training test-devices gate proofs crash lint format types protos \
   breaking bench bench-engine bench-index parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
 	@echo "make demo      start, ingest, search, write demo/out.json and demo/out.png, stop"
-	@echo "make test      the test suite; make test-devices: serving and training on eight devices"
+	@echo "make test      the test suite, but for make test-training: whole runs of the trainers,"
+	@echo "               and make test-devices: serving and training on eight devices"
 	@echo "make gate      mini-MMEB with the built-in models against the committed results"
 	@echo "make crash     200 times kill -9 in the middle of writes, 30 times of the training loop"
 	@echo "make proofs    2,000 requests of random shape, 1,000 mostly cancelled, for each model service"
@@ -62,7 +63,12 @@ demo: $(VENV)/.installed
 # A file's tests stay together and share its fixtures; those of tests/system share one system
 # (tests/conftest.py). Compiled programs are kept between runs: most of a first run is XLA.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not many_devices" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup \
+	-m "not many_devices and not training_runs" $(PYTEST_ARGS)
+
+# Whole runs of the trainers: ended by signals, gone on with, compared bit by bit.
+test-training: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "training_runs and not many_devices" $(PYTEST_ARGS)
 
 # What compiles for eight devices or two processes takes minutes of its own.
 test-devices: $(VENV)/.installed-dev

@@ -34,7 +34,7 @@ def test_backup_verify_and_restore(tte: Tte, corpus: Path, tmp_path: Path) -> No
     assert tte("corpus", "restore", target).exit_code == 1  # the corpus is still there
     other = tmp_path / "other"
     result = tte("corpus", "restore", target, "--data-dir", other)
-    assert result.exit_code == 0 and "2 documents" in result.stdout
+    assert result.exit_code == 0 and "2 documents" in " ".join(result.stdout.split())
     made = document(tte("corpus", "verify", "--data-dir", other, "--json"))
     assert made == {"verified": str(other / "corpus"), "problems": []}
 
@@ -66,7 +66,7 @@ def test_an_index_is_moved_to_milvus_verified_there_and_moved_back(
     assert result.exit_code == 1
     assert document(result)["problems"] == ["document 'a' is missing from the index"]
     result = tte("corpus", "migrate", "--to", "scann")
-    assert result.exit_code == 0 and "2 documents" in result.stdout
+    assert result.exit_code == 0 and "2 documents" in " ".join(result.stdout.split())
     assert tte("corpus", "verify").exit_code == 0
     with closing(CorpusIndex.open(corpus)) as index:
         assert index.stats().searcher == "exact"

@@ -37,7 +37,8 @@ def directory(role: str) -> Path:
 @contextlib.contextmanager
 def service(role: str, data: Path) -> Iterator[ServiceProcess]:
     """A model service as a process that also logs what JAX itself says it compiles."""
-    flags = [f"--compile-cache={compile_cache.directory()}"]
+    # Long enough for a busy machine: what is cut off by the end of the grace is cancelled.
+    flags = [f"--compile-cache={compile_cache.directory()}", "--grace-s=120"]
     with service_process.start(
         role, directory(role), data, flags=flags, environment={"JAX_LOG_COMPILES": "1"}
     ) as started:

@@ -44,7 +44,9 @@ async def storm(
                 ended["OK"] += 1
                 usual_s += 0.1 * (time.monotonic() - began - usual_s)
             except grpc.aio.AioRpcError as error:
-                ended[error.code().name] += 1
+                # What a refusal says matters only where there should be none.
+                refused = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                ended[error.code().name if refused else f"{error.code()}: {error.details()}"] += 1
 
     options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
     async with contextlib.AsyncExitStack() as stack:

@@ -27,6 +27,8 @@ from tte_jax.model import load_model
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 CHILD_S = 280
 
 

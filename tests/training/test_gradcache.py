@@ -21,6 +21,8 @@ from training.gradcache import GradCache
 from tte_jax.embedder import Embedder
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 PACKING = Packing(lengths=(8, 16), tokens=32, slots=3, patches=16)
 QUERIES, NEGATIVES = 3, 1
 

@@ -25,6 +25,8 @@ from tte_jax.nn.linear import AdaptedWeight, project
 from tte_jax.weights import adapter as adapters
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 # family, tied, settings
 CASES = {
     "LoRA": ("qwen2_vl", True, Tuning("lora", rank=4, alpha=16)),

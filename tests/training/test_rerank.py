@@ -19,6 +19,8 @@ from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.reranker import Reranker
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 ROWS = [
     {
         "query": "animal mammal: face, pet. Answer: cow",

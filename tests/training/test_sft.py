@@ -25,6 +25,8 @@ from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

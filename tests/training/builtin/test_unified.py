@@ -29,6 +29,8 @@ from tte_jax.preprocess.tokenizer import Tokenizer
 from tte_jax.stages import EmbedItem
 from tte_jax.weights import hf
 
+pytestmark = pytest.mark.training_runs
+
 MIX = Mix(text=4, image=2, composed=4, corrupt=0.5, corrupt_text=0.5)
 
 

@@ -28,6 +28,8 @@ from training.mining.rounds import Round, sealed
 from training.mining.workspace import Workspace, tree_hash
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError
 
+pytestmark = pytest.mark.training_runs
+
 SCRIPT = Path(__file__).with_name("trainer_script.py")
 ROOT = Path(__file__).parents[3]
 

@@ -26,6 +26,8 @@ from training.mining.rounds import Round, sealed
 from training.mining.stream import RoundStream
 from training.mining.workspace import tree_hash
 
+pytestmark = pytest.mark.training_runs
+
 KILLS = int(os.environ.get("TTE_LOOP_KILLS", "6"))
 ROUNDS = 2
 ROOT = Path(__file__).parents[3]
