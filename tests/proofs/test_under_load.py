@@ -22,7 +22,7 @@ from tests.proofs.running import (
     service,
     until,
 )
-from tests.proofs.storm import storm
+from tests.proofs.storm import code_of, storm
 
 CLIENTS = 8
 PICTURES = [picture(random.Random(seed)) for seed in range(32)]
@@ -76,7 +76,7 @@ async def code(request: Request, stub: object) -> grpc.StatusCode:
     try:
         answers = await request.answers(stub, PATIENCE_S)
     except grpc.aio.AioRpcError as error:
-        return error.code()
+        return code_of(error, request)
     message = request.message
     if request.method == "Reason":
         assert answers[-1].HasField("usage")
