@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tte_jax.models.registry import model_config
 from tte_jax.reasoner import Reasoner
 
 DECODE = (1, 112)
+UNENDING = "decode without end"
 MATRIX = 1536  # three of them fit no cache, as a layer's weights and activations do not
 MEMORY_BYTES = 512 * 2**20
 
@@ -114,13 +116,28 @@ def _prefill(reasoner: Reasoner, shape: tuple[int, int]) -> Callable[[], None]:
 
 
 def _decode(reasoner: Reasoner, steps: int) -> Callable[[], None]:
-    """Runs one dispatch of one sequence that never ends."""
-    slots = reasoner.served.buckets.slots
+    """Runs one dispatch of one sequence that never ends: no token stops it."""
+    table, served, buckets = reasoner.table, reasoner.served, reasoner.served.buckets
+    slots, (rows, places) = buckets.slots, DECODE
+    nothing = programs.Stops(stop=(-1,), close_tag=(-1,), forced_close=(-1,))
+    table.add(
+        UNENDING,
+        DECODE,
+        partial(programs.decode, slots=rows, places=places, steps=steps, stops=nothing),
+        programs.abstract_state(
+            served.model, slots=slots, length=buckets.cache_length, layout=served.layout
+        ),
+        served.layout.whole(jnp.bool_, slots),
+        served.layout.whole(jnp.bool_, slots),
+        donate=(0,),
+        tokens=rows,
+    )
+    table.warmup()
     alive, closed = np.ones(slots, bool), np.zeros(slots, bool)
     holder = [_state(reasoner, done=False)]
 
     def run() -> None:
-        state, tokens, *_ = reasoner.table.run("decode", DECODE, holder[0], alive, closed)
+        state, tokens, *_ = table.run(UNENDING, DECODE, holder[0], alive, closed)
         tokens.block_until_ready()
         holder[0] = _at_start(state, done=False)
         assert int((np.asarray(tokens) >= 0).sum()) == steps
