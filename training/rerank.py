@@ -171,9 +171,10 @@ def main(config: Config) -> None:
         model = MultimodalLM(builtin.reranker_config(tokenizer), rngs=nnx.Rngs(config.seed))
         start = hf.load(config.start).text
         model.text.embed_vd[...] = start.embed_vd[...]
-        for name in model.text.layers.weights():
-            if hasattr(start.layers, name):  # not the norms of queries and keys
-                getattr(model.text.layers, name)[...] = getattr(start.layers, name)[...]
+        for name, weight in vars(model.text.layers).items():
+            if isinstance(weight, nnx.Param) and hasattr(start.layers, name):
+                # Not the norms of queries and keys, which only the reranker has.
+                weight[...] = getattr(start.layers, name)[...]
     tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
