@@ -200,16 +200,18 @@ def test_a_batch_finds_what_brute_force_finds():
     points = clustered_units(rng, 4064, 32)
     vectors, queries = points[:4000], points[4000:]
     rows = Rows([f"{i:05d}" for i in range(4000)], vectors, np.arange(1, 4001), [{}] * 4000)
-    live = LiveIndex(rows, sequence=4000, config=IndexConfig(exact_below=1, tree_from=1))
+    # The floor is reached on canaries; a higher one on many of them leaves room for other queries.
+    config = IndexConfig(exact_below=1, tree_from=1, recall_floor=0.98, canaries=512)
+    live = LiveIndex(rows, sequence=4000, config=config)
     live.rebuild()
+    assert live.view.generation.searcher is not None  # not searched exactly
     truth = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
     found = live.search_batch(queries, 10)
     right = sum(
         len({f.id for f in some} & {f"{i:05d}" for i in best})
         for some, best in zip(found, truth, strict=True)
     )
-    # Other queries than these decide about 0.95, and ScaNN trains differently each time.
-    assert right / truth.size >= 0.9
+    assert right / truth.size >= 0.95
     wide = queries.astype(np.float64)
     for query, some in zip(wide, found, strict=True):
         for hit in some:
