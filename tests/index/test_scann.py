@@ -22,7 +22,8 @@ def test_recall_on_clustered_data(tree):
     points = clustered_units(rng, 3050, 32)
     vectors, queries = points[:3000], points[3000:]
     searcher = ScannSearcher(vectors, tree=tree)
-    assert check_recall(searcher, vectors, canaries=32, floor=0.95) >= 0.95
+    # A higher floor, reached on many canaries, leaves room for other queries.
+    assert check_recall(searcher, vectors, canaries=512, floor=0.98) >= 0.98
     hits = 0
     for query in queries:
         truth = np.argsort(-(vectors @ query), kind="stable")[:10]
