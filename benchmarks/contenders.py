@@ -215,14 +215,16 @@ class Usearch:
 class Ours:
     """`LiveIndex` in process: what the index service searches, as far as ids and scores.
 
-    Its values are the effort that it chose itself for its recall target (0), and shares of it.
+    Its values are recall targets: each stands for the effort that the index chooses for it, on
+    canaries; 0.95 is the default.
     """
 
     saved = False
-    values: list[Any] = [-6, -4, -3, -2, -1, 0, 1, 2, 4]
+    values: list[Any] = [0.7, 0.8, 0.85, 0.88, 0.91, 0.95, 0.97, 0.99]
 
     def __init__(self, **config: Any) -> None:
         self._config = config
+        self.efforts: dict[float, Any] = {}
 
     def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
         from tte_jax.index import IndexConfig, LiveIndex
@@ -238,10 +240,17 @@ class Ours:
         self.report = self.live.rebuild()
         self.searcher: Any = self.live.view.generation.searcher
         if self.searcher is None:
-            self.values = [0]
+            self.values = [1.0]
         else:
-            self.chosen = self.searcher.effort
+            self.efforts = {target: self._effort(rows.vectors, target) for target in self.values}
         return len(vectors)
+
+    def _effort(self, vectors: np.ndarray, target: float) -> Any:
+        from tte_jax.index.recall import check_recall
+
+        self.searcher.effort = self.searcher.efforts[0]
+        check_recall(self.searcher, vectors, self.live.config.canaries, target)
+        return self.searcher.effort
 
     def save(self, path: Path) -> None:
         raise NotImplementedError
@@ -253,9 +262,9 @@ class Ours:
         if self.searcher is not None:
             self.searcher.share_batches(count)
 
-    def set(self, value: int) -> None:
+    def set(self, value: float) -> None:
         if self.searcher is not None:
-            self.searcher.effort = scaled(self.searcher, self.chosen, value)
+            self.searcher.effort = self.efforts[value]
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         found = self.live.search_batch(queries, k)
@@ -269,18 +278,6 @@ class Ours:
         if self.searcher is None:
             return self.search(queries, k)
         return self.searcher.propose(queries, k + 10)[0][:, :k]
-
-
-def scaled(searcher: Any, chosen: Any, value: int) -> Any:
-    """The `Effort` that costs about 2 ** (value / 2) of the one that a searcher chose."""
-    from tte_jax.index.scann_searcher import Effort
-
-    leaves, reorder = chosen
-    share = 2 ** (value / 2)
-    if leaves:
-        most = max(effort.leaves for effort in searcher.efforts)
-        return Effort(min(most, max(1, round(leaves * share))), reorder)
-    return Effort(leaves, max(20, round(reorder * share)))
 
 
 CONTENDERS = {

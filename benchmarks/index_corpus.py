@@ -29,7 +29,7 @@ from tte_jax.index import CorpusIndex, IndexConfig
 from tte_jax.stages import IndexEntry
 
 BATCH = 32
-VALUES = (-4, -2, -1, 0, 1, 2, 4)  # see `contenders.scaled`
+VALUES = (-4, -2, -1, 0, 1, 2, 4)  # see `index_service.scaled`
 UPSERT_BATCH = 100
 
 

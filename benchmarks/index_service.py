@@ -3,7 +3,7 @@ the searcher, or measures searches in this very process, beside the same threads
 
     python -m benchmarks.index_service --port 50064 --data-dir DIR
 
-Commands: {"value": V} sets the effort of `contenders.scaled`; {"measure": {…}} calls
+Commands: {"value": V} sets `scaled` effort; {"measure": {…}} calls
 `index_corpus.in_process`. Each is answered by one line of JSON.
 """
 
@@ -14,10 +14,11 @@ import sys
 import threading
 from typing import Any
 
-from benchmarks import contenders, index_corpus
+from benchmarks import index_corpus
 from servers import index, runtime
 from servers.settings import Settings, parse
 from tte_jax.index import CorpusIndex
+from tte_jax.index.scann_searcher import Effort
 
 
 def answer(corpus: CorpusIndex, chosen: list[Any], command: dict[str, Any]) -> Any:
@@ -29,8 +30,18 @@ def answer(corpus: CorpusIndex, chosen: list[Any], command: dict[str, Any]) -> A
         return []
     if not chosen:
         chosen.append(searcher.effort)
-    searcher.effort = contenders.scaled(searcher, chosen[0], command["value"])
+    searcher.effort = scaled(searcher, chosen[0], command["value"])
     return list(searcher.effort)
+
+
+def scaled(searcher: Any, chosen: Any, value: int) -> Any:
+    """The `Effort` that costs about 2 ** (value / 2) of the one that a searcher chose."""
+    leaves, reorder = chosen
+    share = 2 ** (value / 2)
+    if leaves:
+        most = max(effort.leaves for effort in searcher.efforts)
+        return Effort(min(most, max(1, round(leaves * share))), reorder)
+    return Effort(leaves, max(20, round(reorder * share)))
 
 
 async def create(settings: Settings) -> runtime.Service:

@@ -401,7 +401,7 @@ def test_maintenance_rebuilds_and_snapshots_by_itself(tmp_path):
 
 
 def test_recall_on_real_queries_is_measured_and_reported(tmp_path):
-    config = IndexConfig(exact_below=300, check_every=20, canaries=16)
+    config = IndexConfig(exact_below=300, check_every=20, canaries=16, checked_queries=16)
     index = CorpusIndex.open(tmp_path, config=config)
     rng = np.random.default_rng(4)
     vectors = random_units(rng, 400, 16)

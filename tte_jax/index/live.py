@@ -26,7 +26,6 @@ from tte_jax.index.columns import Columns
 from tte_jax.index.generation import Delta, Generation, Rows, View
 from tte_jax.index.protocol import Searcher
 from tte_jax.index.recall import (
-    Asked,
     QueryRecall,
     QuerySample,
     check_recall,
@@ -51,7 +50,9 @@ class IndexConfig:
       delta_share: … and more than this share of the generation, or when that share is dead.
       recall_floor: least recall for a searcher to serve, on canaries (10 and 50 neighbours) before
         it does, on real queries (their own k and filter) while it does.
-      canaries: size of that sample, and of each sample of real queries.
+      canaries: size of that sample. A recall of 0.95 on 256 has a standard error of at most 0.014,
+        on 64 of 0.027.
+      checked_queries: size of each sample of real queries.
       recent_queries: real queries that are remembered.
       check_every: queries after which the recall of some of them is measured.
       build_threads: threads that train ScaNN.
@@ -63,7 +64,8 @@ class IndexConfig:
     delta_rows: int = 2048
     delta_share: float = 0.1
     recall_floor: float = 0.95
-    canaries: int = 64
+    canaries: int = 256
+    checked_queries: int = 64
     recent_queries: int = 512
     check_every: int = 1000
     build_threads: int = 1
@@ -143,7 +145,7 @@ class LiveIndex:
         if not view.live or not len(queries):
             return [[] for _ in queries]
         check_dimension(queries, view.dimension)
-        self.queries.note([Asked(query, k, filter) for query in queries])
+        self.queries.note(queries, k, filter)
         return view_search.search(view, queries, k, filter)
 
     def needs_recall_check(self) -> bool:
@@ -159,7 +161,7 @@ class LiveIndex:
         view = self._view
         vectors = view.generation.rows.vectors
         hits = wanted = 0
-        sample = self.queries.draw(self.config.canaries, vectors.shape[1])
+        sample = self.queries.draw(self.config.checked_queries, vectors.shape[1])
         for asked in sample:
             rows = np.flatnonzero(view_search.survivors(view, asked.filter))
             if not len(rows):
@@ -251,7 +253,7 @@ class LiveIndex:
             threads=config.build_threads,
             search_threads=config.search_threads,
         )
-        asked = self.queries.draw(config.canaries, rows.vectors.shape[1])
+        asked = self.queries.draw(config.checked_queries, rows.vectors.shape[1])
         recall = check_recall(searcher, rows.vectors, config.canaries, self._target, asked)
         if recall < config.recall_floor:
             log.warning(

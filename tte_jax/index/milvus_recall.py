@@ -18,7 +18,7 @@ from tte_jax.index.milvus_collection import Collection
 from tte_jax.index.recall import CANARY_KS, canary_queries
 
 _KEPT = "milvus_recall"
-_CANARIES = 64
+_CANARIES = 256
 _PAGE = 5000
 # Writes before a small corpus is measured again.
 _LEAST_WRITES = 1000
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 
 def measure(store: CorpusStore, collection: Collection) -> Measured:
-    """Ask the collection for the neighbours of 64 canaries (`recall.canary_queries`) and count
+    """Ask the collection for the neighbours of 256 canaries (`recall.canary_queries`) and count
     those that a pass over the database confirms. Writes meanwhile may move the figure by their
     share.
 

@@ -28,6 +28,8 @@ OVERFETCH = 2.0
 OVERFETCH_ROWS = 50
 # Where every row may be an answer, only ties with the k-th are fetched in excess.
 TIE_ROWS = 10
+# Of a batch of queries, so many stand for all when recall is measured.
+_KEPT_OF_A_BATCH = 64
 
 
 class Asked(NamedTuple):
@@ -59,10 +61,12 @@ class QuerySample:
         self._since_check = 0
         self._lock = threading.Lock()
 
-    def note(self, asked: Sequence[Asked]) -> None:
+    def note(self, queries: np.ndarray, k: int, filter: Filter | None) -> None:
+        """`queries` [Q, D] were asked; of a large batch a part is kept."""
+        kept = queries[:: math.ceil(len(queries) / _KEPT_OF_A_BATCH)]
         with self._lock:
-            self._last.extend(asked)
-            self._since_check += len(asked)
+            self._last.extend([Asked(query, k, filter) for query in kept])
+            self._since_check += len(queries)
 
     @property
     def due(self) -> bool:
