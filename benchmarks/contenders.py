@@ -220,7 +220,7 @@ class Ours:
     """
 
     saved = False
-    values: list[Any] = [0.7, 0.8, 0.85, 0.88, 0.91, 0.95, 0.97, 0.99]
+    values: list[Any] = [0.7, 0.8, 0.85, 0.87, 0.88, 0.89, 0.9, 0.92, 0.94, 0.95, 0.97, 0.99]
 
     def __init__(self, **config: Any) -> None:
         self._config = config

@@ -62,6 +62,9 @@ def score(vectors: np.ndarray, queries: np.ndarray, of: np.ndarray, rows: np.nda
     Equal vectors get equal scores wherever they stand, which a float32 product does not
     promise; ties are therefore real ties.
     """
+    if len(queries) == 1 and 0 < len(rows) <= _SCORED_ROWS:
+        one = np.vecdot(vectors[rows].astype(np.float64), queries[0].astype(np.float64))
+        return one.astype(np.float32)
     out = np.empty(len(rows), dtype=np.float32)
     wide = queries.astype(np.float64)
     for start in range(0, len(rows), _SCORED_ROWS):

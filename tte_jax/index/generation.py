@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -105,19 +106,24 @@ class View:
     alive_count: int
     live: int = 0
 
-    @property
+    @cached_property
+    def fresh(self) -> np.ndarray:
+        """The delta's live rows, rising."""
+        return np.flatnonzero(self.delta_alive)
+
+    @cached_property
     def dimension(self) -> int:
         """D of the live rows' vectors; 0 when there is none."""
         if not self.live:
             return 0
-        source = self.delta_vectors if self.delta_alive.any() else self.generation.rows.vectors
+        source = self.delta_vectors if len(self.fresh) else self.generation.rows.vectors
         return source.shape[1]
 
     def gather(self) -> Rows:
         """Copy the live rows out, generation first."""
         old = self.generation.rows
         kept = np.flatnonzero(self.alive).tolist()
-        new = np.flatnonzero(self.delta_alive).tolist()
+        new = self.fresh.tolist()
         if not kept and not new:
             return Rows.empty()
         vectors = [

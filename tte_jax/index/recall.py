@@ -63,7 +63,8 @@ class QuerySample:
 
     def note(self, queries: np.ndarray, k: int, filter: Filter | None) -> None:
         """`queries` [Q, D] were asked; of a large batch a part is kept."""
-        kept = queries[:: math.ceil(len(queries) / _KEPT_OF_A_BATCH)]
+        many = len(queries) > _KEPT_OF_A_BATCH
+        kept = queries[:: math.ceil(len(queries) / _KEPT_OF_A_BATCH)] if many else queries
         with self._lock:
             self._last.extend([Asked(query, k, filter) for query in kept])
             self._since_check += len(queries)

@@ -34,7 +34,7 @@ def search(
     rows, delta = view.generation.rows, view.delta
     of, built = candidates(view, queries, k, filter)
     scores = exact.score(rows.vectors, queries, of, built)
-    fresh = np.flatnonzero(view.delta_alive)
+    fresh = view.fresh
     if filter is not None and len(fresh):
         keep = [filter.matches(delta.metadata[i]) for i in fresh]
         fresh = fresh[np.array(keep, dtype=bool)]
@@ -75,15 +75,16 @@ def candidates(
     if generation.searcher is None or share < EXACT_SHARE or wanted_rows(k, share) >= count:
         return exact.propose(vectors, queries, k, None if whole else np.flatnonzero(keep))
     rows, scores = generation.searcher.propose(queries, wanted_rows(k, share))
-    if whole and len(queries) == 1 and rows.shape[1] >= k:
-        # A few rows too many are scored sooner than sorted out.
-        return np.zeros(rows.shape[1], np.int64), rows[0]
+    if whole and len(queries) == 1 and rows.shape[1] > k:  # the way of most searches, in few steps
+        # ScaNN's best come first; only what rounding cannot tell from the k-th is worth a second
+        # look.
+        near = rows[0, : int((scores[0] >= scores[0, k - 1] - exact.SLACK).sum())]
+        return np.zeros(len(near), np.int64), near
     if not whole:
         scores = np.where(keep[rows] & (rows >= 0), scores, -np.inf)
     found = np.count_nonzero(np.isfinite(scores), axis=1)
     width = scores.shape[1]
     if width > k:
-        # Only what rounding cannot tell from the k-th is worth a second look.
         kth = np.partition(scores, width - k, axis=1)[:, width - k, None]
         near = scores >= kth - exact.SLACK
     else:
