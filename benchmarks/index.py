@@ -40,7 +40,6 @@ from benchmarks import (
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.contenders import CONTENDERS, LIBRARY, PACKAGES
 from benchmarks.index_summary import KS, RECALL
-from tte_jax.cli import state
 from tte_jax.corpus.store import DATABASE, CorpusStore
 
 PARTS = ("contenders", "thresholds", "upserts", "served")
@@ -54,7 +53,7 @@ class Config:
     Attributes:
       sizes: numbers of generated vectors (`benchmarks/vectors.py`).
       corpus: a corpus directory whose vectors are measured too; by default the one that `make demo`
-        and `make serve` fill.
+        fills.
       contenders: which; all by default.
       parts: what to do now, of contenders, thresholds, upserts and served.
       threads: for building, and for batches; single queries use one.
@@ -73,7 +72,7 @@ class Config:
         100_000,
         1_000_000,
     )
-    corpus: Path = state.data_dir() / "corpus"
+    corpus: Path = Path(".tte/demo/corpus")
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     parts: tuple[str, ...] = PARTS
     threads: int = 2
