@@ -124,7 +124,6 @@ def _build(
     figures["values"] = contender.values
     if report := getattr(contender, "report", None):
         figures |= {"kind": report.kind, "canary_recall": report.recall}
-        figures["efforts"] = {str(at): list(e) for at, e in contender.efforts.items()}
     return figures
 
 

@@ -220,10 +220,11 @@ class Ours:
     """
 
     saved = False
-    values: list[Any] = [0.7, 0.8, 0.85, 0.87, 0.88, 0.89, 0.9, 0.92, 0.94, 0.95, 0.97, 0.99]
+    values: list[Any] = [0.75, 0.85, 0.88, 0.9, 0.92, 0.95, 0.98]
 
     def __init__(self, **config: Any) -> None:
         self._config = config
+        # Chosen when they are first asked for: not a part of building.
         self.efforts: dict[float, Any] = {}
 
     def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
@@ -241,8 +242,6 @@ class Ours:
         self.searcher: Any = self.live.view.generation.searcher
         if self.searcher is None:
             self.values = [1.0]
-        else:
-            self.efforts = {target: self._effort(rows.vectors, target) for target in self.values}
         return len(vectors)
 
     def _effort(self, vectors: np.ndarray, target: float) -> Any:
@@ -263,8 +262,12 @@ class Ours:
             self.searcher.share_batches(count)
 
     def set(self, value: float) -> None:
-        if self.searcher is not None:
-            self.searcher.effort = self.efforts[value]
+        if self.searcher is None:
+            return
+        if value not in self.efforts:
+            rows = self.live.view.generation.rows
+            self.efforts[value] = self._effort(rows.vectors, value)
+        self.searcher.effort = self.efforts[value]
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         found = self.live.search_batch(queries, k)

@@ -93,13 +93,17 @@ def worst_true_scores(
 ) -> list[float]:
     """Each query's k-th best score among `rows`: any row that reaches it is a right answer, ties
     too. `queries` is [Q, D], `ks` has one k for each."""
-    of, found = exact.propose(vectors, queries, max(ks), rows)
+    best = _best_scores(vectors, queries, max(ks), rows)
+    return [float(mine[min(k, len(mine)) - 1]) for mine, k in zip(best, ks, strict=True)]
+
+
+def _best_scores(
+    vectors: np.ndarray, queries: np.ndarray, k: int, rows: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """The scores of each query's k nearest among `rows`, falling; fewer when there are fewer."""
+    of, found = exact.propose(vectors, queries, k, rows)
     scores = exact.score(vectors, queries, of, found)
-    worst: list[float] = []
-    for i, k in enumerate(ks):
-        mine = np.sort(scores[of == i])
-        worst.append(float(mine[-min(k, len(mine))]))
-    return worst
+    return [np.sort(scores[of == i])[::-1][:k] for i in range(len(queries))]
 
 
 def check_recall(
@@ -124,12 +128,14 @@ def check_recall(
     """
     invented = canary_queries(vectors, canaries)
     sets: list[_Checked] = []
-    for some in ([*asked], *([Asked(query, k) for query in invented] for k in CANARY_KS)):
-        if some:
-            queries = np.stack([one.vector for one in some])
-            ks = np.array([min(one.k, len(vectors)) for one in some])
-            worst = worst_true_scores(vectors, queries, ks.tolist())
-            sets.append(_Checked(queries, ks, np.array(worst)))
+    if asked:
+        ks = [min(one.k, len(vectors)) for one in asked]
+        queries = np.stack([one.vector for one in asked])
+        sets.append(_Checked(queries, np.array(ks), worst_true_scores(vectors, queries, ks)))
+    best = _best_scores(vectors, invented, max(CANARY_KS))
+    for k in CANARY_KS:
+        k = min(k, len(vectors))
+        sets.append(_Checked(invented, np.full(len(invented), k), [mine[k - 1] for mine in best]))
     while True:
         recall = min(_recall(searcher, vectors, some) for some in sets)
         if recall >= floor or not searcher.search_harder():
@@ -141,14 +147,14 @@ class _Checked(NamedTuple):
 
     queries: np.ndarray
     ks: np.ndarray
-    worst: np.ndarray
+    worst: Sequence[float]
 
 
 def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked) -> float:
     hits = 0
     for k in np.unique(some.ks).tolist():
         mine = some.ks == k
-        queries, worst = some.queries[mine], some.worst[mine]
+        queries, worst = some.queries[mine], np.array(some.worst)[mine]
         rows, _ = searcher.propose(queries, wanted_rows(k))
         of, columns = np.nonzero(rows >= 0)
         right = exact.score(vectors, queries, of, rows[of, columns]) >= worst[of]
