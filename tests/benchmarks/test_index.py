@@ -55,7 +55,7 @@ def test_a_contender_answers_from_its_own_process(data, tmp_path):
     try:
         built = process.build()
         assert built["kind"] == "exact" and built["memory_mb"] > 2
-        how = {"value": 0, "k": 10, "seconds": 0.01}
+        how = {"value": 1.0, "k": 10, "seconds": 0.01}
         assert process.measure(mode="batch", **how)["recall"] > 0.999
         single = process.measure(mode="single", **how)
         assert single["recall"] > 0.999 and 0 < single["p50_us"] <= single["p99_us"]
@@ -99,17 +99,27 @@ def test_the_table_compares_at_enough_recall():
         "served": {"start": {"documents": 1000, "seconds": [3.0, 21.0]}},
     }
     rows = {what: (figure, verdict) for what, figure, _, verdict in index_summary.goals(content)}
-    assert rows["1,000 vectors, batch: QPS against the best graph index"] == ("2.5 x", "ok")
+    assert rows["1,000 vectors, batch: QPS against the best graph index"] == ("3.354 x", "ok")
     assert rows["1,000 vectors, single: QPS against the best graph index"] == ("0.9 x", "miss")
     assert rows["1,000 vectors, batch: QPS against FAISS IVF-PQ fast-scan"] == ("-", "miss")
     assert rows["durable upserts a second, batches of 100"] == ("2500", "ok")
     assert rows["start of the service with 1,000 documents"] == ("21 s", "miss")
     assert rows["through gRPC against in process, batches of 32"] == ("-", "miss")
     speeds = {row[1]: row for row in index_summary.speeds(content)}
-    assert speeds["ours"] == ("1,000", "ours", "1.0", "2", "500", "90", "-", "-")
+    assert speeds["ours"] == ("1,000", "ours", "1.0", "2", "671", "90", "-", "-")
     assert speeds["usearch"][2:4] == ("failed", "-")
     for row in speeds.values():
         assert len(row) == len(index_summary.SPEEDS)
+
+
+def test_a_curve_is_read_at_the_recall_between_its_points():
+    at = index_summary.at_recall
+    assert at([(0.94, 900.0), (0.96, 400.0)]) == pytest.approx(600.0)  # halfway, in logarithms
+    assert at([(0.90, 2000.0), (0.94, 900.0), (0.96, 400.0), (0.99, 100.0)]) == pytest.approx(600)
+    assert at([(0.94, 300.0), (0.96, 400.0)]) == 400.0  # less recall was not even faster
+    assert at([(0.95, 400.0), (0.90, 900.0)]) == pytest.approx(400.0)
+    assert at([(0.99, 400.0)]) == 400.0
+    assert at([(0.90, 900.0)]) is None
 
 
 def test_an_interrupted_run_goes_on_and_another_one_begins_anew(tmp_path, monkeypatch):
