@@ -60,7 +60,7 @@ class IndexConfig:
     """
 
     exact_below: int = 5000
-    tree_from: int = 40_000
+    tree_from: int = 20_000
     delta_rows: int = 2048
     delta_share: float = 0.1
     recall_floor: float = 0.95
