@@ -33,6 +33,18 @@ def test_recall_on_clustered_data(tree):
     assert hits / (10 * len(queries)) >= 0.95
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_query_alone_gets_each_row_once_best_first_and_nothing_to_fill_up(tree):
+    points = clustered_units(np.random.default_rng(5), 3020, 32)
+    searcher = ScannSearcher(points[:3000], tree=tree)
+    for effort in (searcher.efforts[0], searcher.efforts[len(searcher.efforts) // 2]):
+        searcher.effort = effort
+        for query in points[3000:]:
+            rows, scores = searcher.propose(query[None], 60)
+            assert (np.diff(scores[0]) <= 0).all()
+            assert (rows[0] >= 0).all() and len(set(rows[0].tolist())) == rows.shape[1]
+
+
 def test_searching_harder_ends_at_a_full_search():
     rng = np.random.default_rng(4)
     vectors = random_units(rng, 600, 16)  # no structure: a tree misses most
