@@ -3,7 +3,7 @@ the searcher, or measures searches in this very process, beside the same threads
 
     python -m benchmarks.index_service --port 50064 --data-dir DIR
 
-Commands: {"value": V} sets `scaled` effort; {"measure": {…}} calls
+Commands: {"value": V} sets the effort of `scaled`; {"measure": {…}} calls
 `index_corpus.in_process`. Each is answered by one line of JSON.
 """
 

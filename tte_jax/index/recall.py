@@ -63,8 +63,7 @@ class QuerySample:
 
     def note(self, queries: np.ndarray, k: int, filter: Filter | None) -> None:
         """`queries` [Q, D] were asked; of a large batch a part is kept."""
-        many = len(queries) > _KEPT_OF_A_BATCH
-        kept = queries[:: math.ceil(len(queries) / _KEPT_OF_A_BATCH)] if many else queries
+        kept = queries[:: math.ceil(len(queries) / _KEPT_OF_A_BATCH)]
         with self._lock:
             self._last.extend([Asked(query, k, filter) for query in kept])
             self._since_check += len(queries)
@@ -131,11 +130,13 @@ def check_recall(
     if asked:
         ks = [min(one.k, len(vectors)) for one in asked]
         queries = np.stack([one.vector for one in asked])
-        sets.append(_Checked(queries, np.array(ks), worst_true_scores(vectors, queries, ks)))
+        worst = np.array(worst_true_scores(vectors, queries, ks))
+        sets.append(_Checked(queries, np.array(ks), worst))
     best = _best_scores(vectors, invented, max(CANARY_KS))
     for k in CANARY_KS:
         k = min(k, len(vectors))
-        sets.append(_Checked(invented, np.full(len(invented), k), [mine[k - 1] for mine in best]))
+        worst = np.array([mine[k - 1] for mine in best])
+        sets.append(_Checked(invented, np.full(len(invented), k), worst))
     while True:
         recall = min(_recall(searcher, vectors, some) for some in sets)
         if recall >= floor or not searcher.search_harder():
@@ -147,14 +148,14 @@ class _Checked(NamedTuple):
 
     queries: np.ndarray
     ks: np.ndarray
-    worst: Sequence[float]
+    worst: np.ndarray
 
 
 def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked) -> float:
     hits = 0
     for k in np.unique(some.ks).tolist():
         mine = some.ks == k
-        queries, worst = some.queries[mine], np.array(some.worst)[mine]
+        queries, worst = some.queries[mine], some.worst[mine]
         rows, _ = searcher.propose(queries, wanted_rows(k))
         of, columns = np.nonzero(rows >= 0)
         right = exact.score(vectors, queries, of, rows[of, columns]) >= worst[of]
