@@ -23,14 +23,20 @@ from benchmarks.engine.summary import summary
 from benchmarks.environment import ROOT
 from benchmarks.markdown import table
 
-PAGES = ("README.md", "docs/builtin_models.md", "docs/operations.md", "docs/real_weights.md")
+PAGES = (
+    "README.md",
+    "docs/builtin_models.md",
+    "docs/operations.md",
+    "docs/real_weights.md",
+    "docs/results.md",
+)
 _SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A table of a result file: its name under `benchmarks/results/`, the command that makes it,
-    and what turns it into Markdown."""
+    """A table of a result file: its name under `benchmarks/results/`, the command that makes it
+    (empty while there is none), and what turns it into Markdown."""
 
     file: str
     command: str
@@ -140,6 +146,11 @@ def quantisation(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
+def rows(result: Mapping[str, Any]) -> str:
+    """A result that is a table already: `head` and `rows`."""
+    return table(result["head"], result["rows"]) + _footnote(result)
+
+
 def parity(result: Mapping[str, Any]) -> str:
     """Largest deviation of fp32 logits from the reference, family by case."""
     found, limit = result["largest_deviation_of_logits"], result["limit"]
@@ -171,6 +182,13 @@ MEASURED = {
     "quality": Measured(
         "builtin_quality.json", "python -m training.builtin.evaluate", quality_tables.full
     ),
+    "arms": Measured("arms.json", "", rows),
+    "false_negatives": Measured(
+        "false_negatives.json", "python -m benchmarks.false_negatives", rows
+    ),
+    "gradcache": Measured("gradcache.json", "", rows),
+    "training": Measured("training.json", "python -m benchmarks.training", rows),
+    "loop_kills": Measured("loop_kills.json", "make crash", rows),
 }
 FROM_CODE: Mapping[str, Callable[[], str]] = {
     "held-out": quality_tables.held_out,
@@ -190,7 +208,8 @@ def render(name: str, results: Path) -> str:
     measured = MEASURED[name]
     path = results / measured.file
     if not path.is_file():
-        return f"*Not measured yet: `{measured.command}` makes this table.*\n"
+        how = f": `{measured.command}` makes this table" if measured.command else ""
+        return f"*Not measured yet{how}.*\n"
     return measured.render(json.loads(path.read_text()))
 
 
