@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve demo test test-training test-devices gate proofs crash lint format types protos \
-  breaking bench bench-engine bench-index parity clean
+  breaking bench experiments bench-engine bench-index parity clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench     measure, see benchmarks/"
 	@echo "make bench-engine  the engine against PyTorch, its services and the machine"
 	@echo "make bench-index  the index against FAISS, hnswlib and usearch (BENCH_ARGS: options)"
+	@echo "make experiments  the papers' claims in small: docs/results.md; an hour or two (BENCH_ARGS)"
 	@echo "make parity    every model family against transformers"
 	@echo "make install   only make .venv with everything for development"
 	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
@@ -127,6 +128,10 @@ bench-index: $(VENV)/.installed
 	$(BIN)/python -c 'import faiss, hnswlib, usearch' 2>/dev/null || \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks.index $(BENCH_ARGS)
+
+# Needs the emoji data set. Every finished piece is kept and an interrupted run goes on.
+experiments: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.experiments $(BENCH_ARGS)
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.parity

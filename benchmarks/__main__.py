@@ -23,6 +23,7 @@ BENCHMARKS = {
 # developer's has; so they are not run from here.
 ELSEWHERE = {
     "training.builtin.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
+    "benchmarks.experiments": "the papers' claims in small: docs/results.md (needs .data/emoji)",
     "benchmarks.gpu": "the engine on an accelerator (needs one, or --tiny)",
     "benchmarks.soak": "hours of use in minutes: is memory flat?",
     "benchmarks.training": "steps of contrastive training against a PyTorch loop (needs torch)",

@@ -18,9 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import code_tables, index_summary, model_tables, quality_tables
+from benchmarks import (
+    code_tables,
+    experiment_tables,
+    index_summary,
+    model_tables,
+    quality_tables,
+)
 from benchmarks.engine.summary import summary
 from benchmarks.environment import ROOT
+from benchmarks.experiments import figures as drawings
 from benchmarks.markdown import table
 
 PAGES = (
@@ -182,6 +189,15 @@ MEASURED = {
     "quality": Measured(
         "builtin_quality.json", "python -m training.builtin.evaluate", quality_tables.full
     ),
+    **{
+        f"experiments-{name}": Measured("experiments.json", "make experiments", render)
+        for name, render in (
+            ("summary", experiment_tables.summary),
+            ("budget", experiment_tables.budget),
+            ("ablation", experiment_tables.ablation),
+            ("strength", experiment_tables.strength),
+        )
+    },
     "arms": Measured("arms.json", "", rows),
     "false_negatives": Measured(
         "false_negatives.json", "python -m benchmarks.false_negatives", rows
@@ -252,7 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not check:
             path.write_text(text)
         print(f"{path.relative_to(ROOT)}: {'not as the results say' if check else 'rewritten'}")
-    return 1 if check and found else 0
+    path = ROOT / "benchmarks/results/experiments.json"
+    experiments = json.loads(path.read_text()) if path.is_file() else {"experiments": {}}
+    old = drawings.stale(experiments, ROOT / drawings.FOLDER)
+    for name in old if check else drawings.write(experiments, ROOT / drawings.FOLDER):
+        print(f"{name}: {'not as the result says' if check else 'drawn'}")
+    return 1 if check and (found or old) else 0
 
 
 def _pair(spread: Mapping[str, float]) -> str:

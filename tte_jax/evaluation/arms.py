@@ -35,6 +35,7 @@ class Arm:
 
     Attributes:
       tokens: the hard limit of new tokens of an ECR; 0 without one.
+      document_tokens: the limit of the candidates' ECRs; -1 = that of the queries'.
       depth: how many candidates are reranked; 0 = off.
       rewrites, rewrite_tokens: how many candidates QAR rewrites, and with how many tokens each.
     """
@@ -44,16 +45,23 @@ class Arm:
     depth: int = 0
     rewrites: int = 0
     rewrite_tokens: int = 0
+    document_tokens: int = -1
 
     @property
     def name(self) -> str:
         """Fit for a folder: `none`, `full64`, `full64-ecrr10`, `full64-ecrr10-qar10x32`."""
         parts = [str(self.ecr) + (str(self.tokens) if self.tokens else "")]
+        if self.document_tokens >= 0:
+            parts.append(f"docs{self.document_tokens}")
         if self.depth:
             parts.append(f"ecrr{self.depth}")
         if self.rewrites:
             parts.append(f"qar{self.rewrites}x{self.rewrite_tokens}")
         return "-".join(parts)
+
+    @property
+    def candidate_tokens(self) -> int:
+        return self.tokens if self.document_tokens < 0 else self.document_tokens
 
     def budget(self, *, candidates: int, reasons: bool) -> Budget:
         """What one search may spend. `reasons`: whether this task's queries get an ECR."""
@@ -66,7 +74,8 @@ class Arm:
         )
 
     def as_json(self) -> dict[str, str | int]:
-        return {"name": self.name, **asdict(self), "ecr": str(self.ecr)}
+        fields = asdict(self) | {"document_tokens": self.candidate_tokens}
+        return {"name": self.name, **fields, "ecr": str(self.ecr)}
 
 
 def grid(

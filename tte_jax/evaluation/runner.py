@@ -188,7 +188,7 @@ class TaskRunner:
 
     async def _pool(self, arm: Arm) -> _Pool:
         reasons = arm.ecr is not Ecr.NONE and (self.task.ecr_target or self.settings.both_sides)
-        key = (arm.ecr, arm.tokens) if reasons else (Ecr.NONE, 0)
+        key = (arm.ecr, arm.candidate_tokens) if reasons else (Ecr.NONE, 0)
         if key not in self._pools:
             self._pools[key] = await self._ingest(*key)
         return self._pools[key]

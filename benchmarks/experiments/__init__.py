@@ -1,0 +1,1 @@
+"""The papers' experiments in small, with the built-in models."""
