@@ -19,11 +19,12 @@ BENCHMARKS = {
     "quantisation": "int8 weights: embeddings, speed and memory against float32",
     "startup": "seconds from `tte serve` to the first answer, first start and second start",
 }
-# These need the training data set, which only a trainer's machine has, or PyTorch, which only a
-# developer's has; so they are not run from here.
+# These need the training data set, which only a trainer's machine has, PyTorch, which only a
+# developer's has, or a network; so they are not run from here.
 ELSEWHERE = {
     "training.builtin.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
     "benchmarks.experiments": "the papers' claims in small: docs/results.md (needs .data/emoji)",
+    "benchmarks.mini": "mini-MMEB, every task, with the built-in models (downloads 190 MB once)",
     "benchmarks.gpu": "the engine on an accelerator (needs one, or --tiny)",
     "benchmarks.soak": "hours of use in minutes: is memory flat?",
     "benchmarks.training": "steps of contrastive training against a PyTorch loop (needs torch)",

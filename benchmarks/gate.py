@@ -22,6 +22,7 @@ from tte_jax.evaluation import report
 from tte_jax.evaluation.report import Comparison
 
 BASELINE = Path(__file__).parent / "baseline" / "mini-mmeb"
+TASKS = ("mini-classification", "mini-t2i", "mini-i2i", "mini-composed")
 QUERIES = 40
 ARMS = ["--ecr", "none,full", "--budgets", "64", "--rerank", "off,ecrr", "--depths", "10"]
 KEPT = 10
@@ -31,8 +32,8 @@ KEPT = 10
 def run(out: Path, data: Path) -> None:
     """Builds the tasks and runs all arms with the built-in models."""
     command = [
-        sys.executable, "-m", "tte_jax.cli.app", "eval", "mini", "--queries", str(QUERIES), *ARMS,
-        "--data", str(data), "--out", str(out),
+        sys.executable, "-m", "tte_jax.cli.app", "eval", "mini", "--tasks", ",".join(TASKS),
+        "--queries", str(QUERIES), *ARMS, "--data", str(data), "--out", str(out),
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

@@ -1,5 +1,5 @@
-"""Tables of the built-in models' held-out figures, from `training.builtin.evaluate`, and of what is
-held out."""
+"""Tables of the built-in models' figures: held-out ones, from `training.builtin.evaluate`, what is
+held out, and mini-MMEB, from `benchmarks.mini`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ ARMS = {
     "none": "no reasoning",
     "ecr": "ECR",
     "ecr+ecrr": "ECR + rerank (ECRR)",
+}
+MINI_ARMS = {
+    "none": ARMS["none"],
+    "full64": ARMS["ecr"],
+    "full64-ecrr10": ARMS["ecr+ecrr"],
 }
 _HELD_OUT = {
     "families of emoji (concepts)": "training/data/heldout_families.txt",
@@ -58,6 +63,32 @@ def held_out() -> str:
         count = sum(bool(line) and not line.startswith("#") for line in lines)
         rows.append([what, str(count), f"`{path}`"])
     return table(["held out in every style", "number", "list"], rows)
+
+
+def mini_mmeb(result: Mapping[str, Any]) -> str:
+    """Score and 95 % interval of every arm, a row per task, beside chance."""
+    rows = []
+    for name, task in result["tasks"].items():
+        group = task["group"].replace("_", " ") if task["modality"] != "visdoc" else "pages"
+        arms = [_against_chance(task["arms"][arm], task["chance"]) for arm in MINI_ARMS]
+        rows.append([f"`{name}`", f"{task['modality']}, {group}", task["like"],
+                     f"{task['pool']:,}", f"{100 * task['chance']:.1f}", *arms])  # fmt: skip
+    head = ["task", "kind", "layout of", "candidates in all", "chance", *MINI_ARMS.values()]
+    models = ", ".join(dict.fromkeys(f"`{m['version']}`" for m in result["models"].values()))
+    queries = sorted({task["queries"] for task in result["tasks"].values()})
+    count = " to ".join(dict.fromkeys(str(n) for n in (queries[0], queries[-1])))
+    return table(head, rows) + (
+        f"\n`{result['command']}`, {result['date']}, commit {result['commit']}: {models}; {count} "
+        "queries a task. hit@1 in percent, of pages `ndcg_linear@5`, with 95 % intervals. Bold: "
+        "the whole interval is above chance.\n"
+    )
+
+
+def _against_chance(figures: Mapping[str, float], chance: float) -> str:
+    low, high = 100 * figures["low"], 100 * figures["high"]
+    score = f"{100 * figures['score']:.1f}"
+    score = f"**{score}**" if figures["low"] > chance else score
+    return f"{score} ({low:.0f} to {high:.0f})"
 
 
 def _pair(figures: Mapping[str, Any]) -> str:

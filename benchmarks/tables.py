@@ -33,6 +33,7 @@ from benchmarks.markdown import table
 PAGES = (
     "README.md",
     "docs/builtin_models.md",
+    "docs/evaluation.md",
     "docs/operations.md",
     "docs/real_weights.md",
     "docs/results.md",
@@ -198,6 +199,7 @@ MEASURED = {
             ("strength", experiment_tables.strength),
         )
     },
+    "mini-mmeb": Measured("mini_mmeb.json", "python -m benchmarks.mini", quality_tables.mini_mmeb),
     "arms": Measured("arms.json", "", rows),
     "false_negatives": Measured(
         "false_negatives.json", "python -m benchmarks.false_negatives", rows

@@ -79,6 +79,4 @@ def test_the_committed_results_are_of_every_arm_and_task() -> None:
     assert arms == {"none", "none-ecrr10", "full64", "full64-ecrr10"}
     for arm in arms:
         found = {p.name for p in (gate.BASELINE / arm).rglob("*_pred.jsonl")}
-        assert found == {
-            f"mini-{kind}_pred.jsonl" for kind in ("classification", "t2i", "i2i", "composed")
-        }
+        assert found == {f"{task}_pred.jsonl" for task in gate.TASKS}

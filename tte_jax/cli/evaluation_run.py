@@ -107,7 +107,7 @@ async def run_task(
     rankings = None
     if plan.rankings is not None:
         rankings = [r.prediction for r in outputs.read_predictions(_prediction_file(plan, task))]
-    with _bars(task.name, out) as progress:
+    with bars(task.name, out) as progress:
         runner = TaskRunner(
             task,
             stages,
@@ -149,7 +149,7 @@ def _prediction_file(plan: Plan, task: EvalTask) -> Path:
 
 
 @contextlib.contextmanager
-def _bars(name: str, out: Output) -> Iterator[Progress]:
+def bars(name: str, out: Output) -> Iterator[Progress]:
     """One bar at a time: the candidates', then each arm's."""
     with contextlib.ExitStack() as stack:
         shown, update = "", None

@@ -147,6 +147,28 @@ _METRICS = {
 }
 
 
+def by_chance(ranked: Ranked, pool: int, metric: str) -> float:
+    """What an order drawn at random from `pool` candidates scores on average: `hit@1` or an NDCG.
+
+    Raises InvalidInputError for another metric, or a pool that is smaller than what is right.
+    """
+    grades = ranked.grades()
+    if pool < max(1, len(grades)):
+        raise InvalidInputError(
+            f"A pool of {pool} cannot hold {len(grades)} right candidates.", field="pool"
+        )
+    if metric == "hit@1":
+        return len(grades) / pool
+    name, _, cut = metric.partition("@")
+    if name != "ndcg_linear":
+        raise InvalidInputError(f"Chance is not known for the metric {metric!r}.", field="metric")
+    k = int(cut)
+    best = _dcg(sorted(grades.values(), reverse=True)[:k], exponential=False)
+    # Every place holds the pool's mean grade on average.
+    mean = [sum(grades.values()) / pool] * min(k, pool)
+    return _dcg(mean, exponential=False) / best if best > 0 else 0.0
+
+
 def score_table(ranked: Sequence[Ranked], mode: Mode) -> dict[str, float]:
     """Every metric of the reference's score files at 1, 5 and 10, under its names."""
     if not ranked:

@@ -25,7 +25,15 @@ import numpy as np
 
 from tte_jax.content import Candidate, Content, MediaKind
 from tte_jax.errors import DataLossError, InvalidInputError, TteError
-from tte_jax.evaluation.metrics import Mode, Ranked, differs, per_query, score_table, trec
+from tte_jax.evaluation.metrics import (
+    Mode,
+    Ranked,
+    by_chance,
+    differs,
+    per_query,
+    score_table,
+    trec,
+)
 from tte_jax.evaluation.pool_index import TIES
 from tte_jax.evaluation.runner import Answer, ArmResult
 from tte_jax.evaluation.significance import interval
@@ -79,6 +87,7 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
         "score_exact": float(exact.mean()),
         "score_compat": float(per_query(ranked, task.metric, Mode.COMPAT).mean()),
         "modes_can_differ": differs(ranked),
+        "chance": chance(result),
         "trec": dict(trec(ranked)),
         "arm": result.arm.as_json(),
         "ecr_query": task.ecr_query or bool(settings.get("both_sides")),
@@ -102,6 +111,17 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
         "notes": list(task.notes),
         "settings": dict(settings),
     }
+
+
+def chance(result: ArmResult) -> float:
+    """What candidates in a random order score in the task's metric, as a mean over its queries."""
+    stored = result.pool + sum(result.failed.values())
+    pools = [stored if a.query.pool is None else len(a.query.pool) for a in result.answers]
+    scores = [
+        by_chance(answer.ranked, max(pool, len(answer.ranked.label)), result.task.metric)
+        for answer, pool in zip(result.answers, pools, strict=True)
+    ]
+    return float(np.mean(scores)) if scores else 0.0
 
 
 def _spent(answers: Sequence[Answer]) -> tuple[dict[str, dict[str, float]], float]:

@@ -72,6 +72,7 @@ class DatasetInfo:
       ecr_query, ecr_target: which sides the published method gives a reasoning.
       frames: how many frames of a video are looked at; 0 = no video.
       labels: how many classes a global classification pool has; 0 = not one.
+      like: the data set whose columns its rows have; "" = its own.
     """
 
     name: str
@@ -90,6 +91,12 @@ class DatasetInfo:
     frames: int = 0
     labels: int = 0
     language: str = ""
+    like: str = ""
+
+    @property
+    def columns_of(self) -> str:
+        """The data set after which its columns are named."""
+        return self.like or self.name
 
     @property
     def metric(self) -> str:

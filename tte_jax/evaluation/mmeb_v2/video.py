@@ -76,14 +76,14 @@ _CAPTIONS = {
 def read_captions(source: Source) -> EvalTask:
     """A caption finds its video among all."""
     made, info = Gathered(), source.info
-    video, caption = _CAPTIONS[info.name]
+    video, caption = _CAPTIONS[info.columns_of]
     media = source.media
     (config,) = configs(info)
     rows = read_rows(info, source.root, config=config, columns=(video, caption))
     # Every row's video is a candidate, also behind the limit of queries.
     for number, row in enumerate(rows):
         # DiDeMo gives a path; its folder is called by the file's name.
-        name = PurePath(str(row[video])).stem if info.name == "DiDeMo" else str(row[video])
+        name = PurePath(str(row[video])).stem if info.columns_of == "DiDeMo" else str(row[video])
         paths = frames_of(media / name, source, made)
         made.add(name, partial(video_content, paths), source.target_instruction)
         if not source.limit or number < source.limit:
@@ -186,7 +186,7 @@ _QUESTIONS: dict[str, tuple[Callable[[dict[str, Any], str], _Asked], tuple[str, 
 def read_questions(source: Source) -> EvalTask:
     """A video and a question with its options, which are the candidates."""
     made, info, media = Gathered(), source.info, source.media
-    ask, columns = _QUESTIONS[info.name]
+    ask, columns = _QUESTIONS[info.columns_of]
     every = (
         (config, row)
         for config in configs(info)
