@@ -109,8 +109,11 @@ def test_run_resume_report_compare(
     assert shown.exit_code == 0, shown.output
     assert "(1 of 36)" in shown.output and "SUN397" in shown.output
     text = page.read_text()
-    assert "Quality against tokens" in text and "data:image/png;base64," in text
+    assert "Quality against tokens" in text and "data:image/svg+xml;base64," in text
     assert "Wrong answers" in text and "class='case'" in text
+
+    nowhere = tte("eval", "report", out, "--html", page / "below.html")
+    assert nowhere.exit_code == 2 and "cannot be written" in nowhere.stderr
 
     compared = tte("eval", "compare", out / "none", out / "full64", "--json")
     assert compared.exit_code == 0, compared.output

@@ -66,6 +66,16 @@ def test_many_runs_below_one_folder(tmp_path: Path) -> None:
     assert [r.name for r in find_runs([tmp_path / "out"])] == ["out/full64", "out/none"]
 
 
+def test_runs_of_one_name_are_told_apart_and_none_is_shown_twice(tmp_path: Path) -> None:
+    one, two = tmp_path / "before/none", tmp_path / "after/none"
+    for folder in (one, two):
+        write(folder, {"MSVD": 0.5})
+    assert [r.name for r in find_runs([one, two])] == [one.as_posix(), two.as_posix()]
+    for twice in ([one, one], [tmp_path / "before", one]):
+        with pytest.raises(InvalidInputError, match="before/none would be shown twice"):
+            find_runs(twice)
+
+
 def test_rankings_give_both_modes(tmp_path: Path) -> None:
     write(tmp_path, {"ViDoRe_docvqa": 0.86})
     row = {"prediction": [7, 3], "label": [7, 3], "rel_scores": [2, 1]}
@@ -108,6 +118,15 @@ def test_bad_folders_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "MSVD_score.json").write_text('{"ndcg": 1}')
     with pytest.raises(DataLossError, match="no number under 'hit@1', the metric of MSVD"):
         find_runs([tmp_path])
+    for wrong in ("75.3", "-0.1", "NaN"):
+        (tmp_path / "MSVD_score.json").write_text(f'{{"hit@1": {wrong}}}')
+        with pytest.raises(DataLossError, match="expected a share from 0 to 1"):
+            find_runs([tmp_path])
+    (tmp_path / "MSVD_pred.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "MSVD_score.json").write_text('{"hit@1": 0.5}')
+    (run,) = find_runs([tmp_path])
+    with pytest.raises(DataLossError, match="MSVD_pred.jsonl cannot be read"):
+        both_modes(run.tasks["MSVD"])
     (tmp_path / "MSVD_score.json").write_text("{")
     with pytest.raises(DataLossError, match="MSVD_score.json cannot be read"):
         find_runs([tmp_path])

@@ -279,7 +279,14 @@ def report(
     if html is not None:
         from tte_jax.evaluation import page
 
-        page.write(html, runs)
+        try:
+            page.write(html, runs)
+        except OSError as error:
+            raise InvalidInputError(
+                f"--html {html} cannot be written ({error.strerror}); give the name of a file in a "
+                "folder of yours.",
+                field="--html",
+            ) from None
         out.show(f"Wrote {html}.")
     out.document(lambda: reports.as_json(runs))
 

@@ -228,7 +228,7 @@ def read_predictions(path: Path) -> list[Ranked]:
     Raises DataLossError for a line that is not what the reference writes.
     """
     ranked: list[Ranked] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines(path), start=1):
         try:
             row = json.loads(line)
             label = row["label"] if isinstance(row["label"], list) else [row["label"]]
@@ -247,6 +247,17 @@ def read_predictions(path: Path) -> list[Ranked]:
                 reason="UNREADABLE_RESULTS",
             ) from error
     return ranked
+
+
+def lines(path: Path) -> list[str]:
+    """Of a result file. Raises DataLossError when it is no text."""
+    try:
+        return path.read_text("utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataLossError(
+            f"{path} cannot be read ({error}); delete it and run its task again.",
+            reason="UNREADABLE_RESULTS",
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

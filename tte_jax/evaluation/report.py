@@ -8,6 +8,7 @@ is the plain mean over its data sets, and All the mean over the 78, so that the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,11 +98,15 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs below the folders, named by their paths.
+    """All runs below the folders, named by their paths from each folder on; where two would have
+    one name, by their whole paths.
 
-    Raises NotFoundError where a folder is not there or holds no score file.
+    Raises:
+      NotFoundError: a folder is not there or holds no score file.
+      InvalidInputError: a run has two results of one task, or a folder is given twice.
     """
     runs: list[Run] = []
+    places: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise NotFoundError(f"There is no folder {folder}.", reason="FOLDER_NOT_FOUND")
@@ -125,9 +130,20 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             )
         for home, tasks in found.items():
             inner = home.relative_to(folder).as_posix()
-            name = folder.name if inner == "." else f"{folder.name}/{inner}"
+            name = folder.resolve().name + ("" if inner == "." else f"/{inner}")
+            if home.resolve() in {place.resolve() for place in places}:
+                raise InvalidInputError(
+                    f"The results in {home} would be shown twice; give each folder once, and none "
+                    "that lies in another.",
+                    field="folders",
+                )
             runs.append(Run(name, tasks))
-    return runs
+            places.append(home)
+    names = Counter(run.name for run in runs)
+    return [
+        Run(place.as_posix(), run.tasks) if names[run.name] > 1 else run
+        for run, place in zip(runs, places, strict=True)
+    ]
 
 
 def _read(path: Path) -> TaskScore:
@@ -143,6 +159,12 @@ def _read(path: Path) -> TaskScore:
         raise DataLossError(
             f"{path} has no number under {metric!r}, the metric of {name}; it has "
             f"{', '.join(scores) or 'nothing'}.",
+            reason="UNREADABLE_RESULTS",
+        )
+    if not 0.0 <= scores[metric] <= 1.0:
+        raise DataLossError(
+            f"{path}: {metric} is {scores[metric]}; expected a share from 0 to 1, as the public "
+            "scorer writes it, not percent.",
             reason="UNREADABLE_RESULTS",
         )
     modality = str(known.modality) if known else str(info.get("modality", path.parent.name))
