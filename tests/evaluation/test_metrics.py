@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -38,6 +39,41 @@ def test_exact_equals_an_independent_implementation_on_random_graded_rankings() 
     for n, ranked in enumerate(rankings):
         assert ndcg(ranked, 5) == pytest.approx(theirs[str(n)]["ndcg_cut_5"], abs=1e-9)
         assert ndcg(ranked, 10) == pytest.approx(theirs[str(n)]["ndcg_cut_10"], abs=1e-9)
+
+
+def test_binary_metrics_equal_an_independent_implementation_too() -> None:
+    # Where every right document has a grade; trec_eval takes one of grade 0 for wrong.
+    rankings = [r for r in random_rankings(10_000, seed=1) if min(r.rel_scores or (1,)) > 0]
+    assert len(rankings) > 1_000
+    qrels = {str(n): dict.fromkeys(r.label, 1) for n, r in enumerate(rankings)}
+    run = {
+        str(n): {id: 1000.0 - i for i, id in enumerate(r.prediction)}
+        for n, r in enumerate(rankings)
+    }
+    wanted = {"success.1,5", "recall.5", "P.5"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, wanted).evaluate(run)
+    names = {"hit@1": "success_1", "hit@5": "success_5", "recall@5": "recall_5",
+             "precision@5": "P_5"}  # fmt: skip
+    for ours, name in names.items():
+        expected = [theirs[str(n)][name] for n in range(len(rankings))]
+        assert per_query(rankings, ours) == pytest.approx(expected, abs=1e-9), ours
+
+
+def test_compat_is_one_of_the_values_that_the_reference_can_give() -> None:
+    # Its order of the ids is that of a set of texts, which changes from run to run: any order may
+    # be it, and the grades stay where they were.
+    for ranked in random_rankings(10_000, seed=2):
+        if len(ranked.label) > 4:
+            continue
+        grades = ranked.rel_scores or ()
+        possible = [
+            ndcg(Ranked(ranked.prediction, order, grades), 5)
+            for order in itertools.permutations(ranked.label)
+        ]
+        value = ndcg(ranked, 5, mode=Mode.COMPAT)
+        assert any(value == pytest.approx(p, abs=1e-12) for p in possible)
+        # The same for whoever runs it, in whatever order the data have the pairs' ids.
+        assert value == ndcg(Ranked(ranked.prediction, sorted(ranked.label), grades), 5)
 
 
 def test_compat_puts_grades_on_other_documents() -> None:

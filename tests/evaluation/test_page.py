@@ -155,7 +155,7 @@ def test_means_are_not_made_of_parts_and_costs_not_made_up(tmp_path: Path) -> No
     write(tmp_path / "runs/theirs", {"SUN397": 0.8})
     text, seen = made(tmp_path)
     assert "– <small>2 of 78</small>" in text and "– <small>1 of 36</small>" in text
-    assert "mean of 1 tasks" in text and "<td>80.00</td><td>–</td><td>–</td>" in text
+    assert "mean of 1 task<" in text and "<td>80.00</td><td>–</td><td>–</td>" in text
     assert "settings not known" in text
     tokens_plot = svgs(seen)[0]
     assert "<!-- ours -->" in tokens_plot and "<!-- theirs -->" not in tokens_plot

@@ -112,7 +112,7 @@ def _overview(runs: Sequence[Run], labels: Sequence[str], shared: Sequence[str])
     means = [*map(str, Modality), ALL] if any(n in BY_NAME for n in _names(runs)) else []
     head = ["run", "tasks", *means]
     if shared:
-        head += [f"mean of {len(shared)} tasks", "tokens a query", "seconds a query"]
+        head += [f"mean of {_tasks(shared)}", "tokens a query", "seconds a query"]
     rows = [_row("th", head)]
     for run, label in zip(runs, labels, strict=True):
         cells = [html.escape(label), str(len(run.tasks))]
@@ -128,8 +128,8 @@ def _overview(runs: Sequence[Run], labels: Sequence[str], shared: Sequence[str])
     note = ""
     if len(runs) > 1:
         note = (
-            f"<p class='note'>The last columns are means over the {len(shared)} tasks that all "
-            "runs have.</p>"
+            "<p class='note'>The last columns are means over what all runs have: "
+            f"{_tasks(shared)}.</p>"
             if shared
             else "<p class='note'>No task is in all runs, so that they cannot be set against each "
             "other.</p>"
@@ -155,6 +155,10 @@ def _row(kind: str, cells: Sequence[str], name: str = "") -> str:
     """A table's row; the cells are HTML already."""
     inner = "".join(f"<{kind}>{cell}</{kind}>" for cell in cells)
     return f"<tr class='{name}'>{inner}</tr>"
+
+
+def _tasks(names: Sequence[str]) -> str:
+    return f"{len(names)} task" + "s" * (len(names) != 1)
 
 
 def _known(value: float, digits: int) -> str:
@@ -189,7 +193,7 @@ def _costs(runs: Sequence[Run], labels: Sequence[str], shared: Sequence[str]) ->
         ]
         if points:
             parts += [f"<h2>{title}</h2>", _plot(plots.scatter(points, axis), title)]
-            parts.append(f"<p class='note'>Mean over {len(shared)} tasks.</p>")
+            parts.append(f"<p class='note'>Mean over {_tasks(shared)}.</p>")
     return parts
 
 
