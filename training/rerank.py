@@ -34,6 +34,7 @@ from training.builtin.pairs import Leaf
 from training.checkpoint import Checkpoints
 from training.optimiser import muon
 from training.prefetch import prefetch
+from training.stopping import StopRequest
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
@@ -218,22 +219,30 @@ def main(config: Config) -> None:
     log = (config.out / "metrics.jsonl").open("a")
     batches = prefetch(source.batches(step))
     since, timed, seen = time.time(), step, []
-    while step < config.steps:
-        model, opt_state, metrics = train_step(model, opt_state, next(batches))
-        seen.append(metrics)
-        step += 1
-        if step % 20 == 0 or step == config.steps:
-            row = {k: round(float(np.mean([m[k] for m in seen])), 4) for k in metrics}
-            row |= {"step": step, "s_per_step": round((time.time() - since) / (step - timed), 2)}
-            if not np.isfinite(sum(row.values())):
-                raise RuntimeError(f"the loss is not finite at step {step}: {row}")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            print(row, flush=True)
-            since, timed, seen = time.time(), step, []
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            checkpoints.save(step, (model, opt_state))
-    checkpoints.close()
+    with StopRequest() as stop:
+        stopped = False
+        while step < config.steps and not stopped:
+            model, opt_state, metrics = train_step(model, opt_state, next(batches))
+            seen.append(metrics)
+            step += 1
+            stopped = stop.asked()
+            if step % 20 == 0 or step == config.steps:
+                row = {k: round(float(np.mean([m[k] for m in seen])), 4) for k in metrics}
+                row |= {
+                    "step": step,
+                    "s_per_step": round((time.time() - since) / (step - timed), 2),
+                }
+                if not np.isfinite(sum(row.values())):
+                    raise RuntimeError(f"the loss is not finite at step {step}: {row}")
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(row, flush=True)
+                since, timed, seen = time.time(), step, []
+            if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                checkpoints.save(step, (model, opt_state))
+        checkpoints.close()
+    if stopped:
+        stop.leave()
     if whole:
         convert.export_like(model, config.start, config.out / "export")
     else:

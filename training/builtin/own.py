@@ -36,11 +36,10 @@ from tte_jax.stages import ReasonItem
 
 @dataclass(frozen=True)
 class Config:
-    """Options: the model directory, how much of each kind, how badly pictures are spoilt."""
+    """Options: the model directory, tokenizer included, how much of each kind, how badly pictures
+    are spoilt."""
 
     data: Path = Path(".data/emoji")
-    tokenizer: Path = Path(".data/runs/tokenizer")
-    vision: Path = Path(".data/runs/vision/visual.npz")
     model: Path = WEIGHTS_DIR / REASONER
     out: Path = Path(".data/runs/own.jsonl")
     image: int = 4500
@@ -55,11 +54,7 @@ def main(config: Config) -> None:
     data = load(config.data)
     rng = np.random.default_rng(config.seed)
     source = PairSource(
-        data,
-        Tokenizer.from_dir(config.tokenizer),
-        builtin.IMAGES,
-        prototypes=np.load(config.vision)["prototypes_cd"],
-        seed=config.seed,
+        data, Tokenizer.from_dir(config.model), builtin.IMAGES, prototypes=None, seed=config.seed
     )
     table = image_table(data)
 
@@ -70,7 +65,7 @@ def main(config: Config) -> None:
     for i in drawn(config.text):
         _, text = source.text_prompt(data.concepts[table.concepts[i]], rng)
         asked.append(Own(-1, i, text, ""))
-    asked += source.changes(Mix(composed=config.composed), rng)
+    asked += source.changes(Mix(composed=config.composed, corrupt=0.0), rng)
 
     def content(own: Own) -> Content:
         if own.row < 0:

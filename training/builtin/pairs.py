@@ -117,8 +117,8 @@ class Own(NamedTuple):
 
 
 class PairSource:
-    """Draws batches from the training split; `prototypes` as in `lookalikes`, `own` as written by
-    `training.builtin.own`."""
+    """Draws batches from the training split; `prototypes` as in `lookalikes`, None where no ECR is
+    replaced by a wrong one; `own` as written by `training.builtin.own`."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class PairSource:
         tokenizer: Tokenizer,
         image_config: ImageConfig,
         *,
-        prototypes: np.ndarray,
+        prototypes: np.ndarray | None,
         seed: int,
         own: Path | None = None,
     ) -> None:
@@ -136,7 +136,9 @@ class PairSource:
             "mini", tokenizer, image_config, load=lambda media, path: (_NO_PATCHES, GRID)
         )
         self._table = sampling.image_table(data)
-        self._lookalikes = lookalikes(prototypes, self._table.family)
+        self._lookalikes = None
+        if prototypes is not None:
+            self._lookalikes = lookalikes(prototypes, self._table.family)
         self.reasonings = texts.Reasonings(data.concepts)
         self._image = tokenizer.token_id("<|image_pad|>")
         self._video = tokenizer.token_id("<|video_pad|>")
@@ -345,6 +347,7 @@ class PairSource:
         if rng.random() >= rate:
             return self.reasonings.of(concept)
         draw = rng.random()
+        assert self._lookalikes is not None, "a mix with wrong ECRs needs prototypes"
         if draw < 0.6:
             pool = self._lookalikes[index]
         elif draw < 0.75:

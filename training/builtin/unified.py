@@ -32,14 +32,16 @@ from training import builtin
 from training.builtin import images, sampling, texts
 from training.builtin.packing import ALONE, ECR, Packed
 from training.builtin.pairs import Batch, Mix, PairSource
+from training.builtin.seeing import prototypes, see, style_residuals
 from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.optimiser import muon
 from training.prefetch import prefetch
+from training.stopping import StopRequest
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.nn.norms import l2_normalise
 from tte_jax.preprocess.tokenizer import Tokenizer
-from tte_jax.weights import hf
+from tte_jax.weights import convert, hf
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ class Config:
 
     Attributes:
       vision: `visual.npz` written by `training.builtin.vision`.
-      start: a model directory to go on from, its tower included; None = begin with `vision`.
+      start: a model directory to go on from; its tokenizer and tower take the place of `tokenizer`
+        and `vision`, and `export` below `out` is a whole directory like it. None = begin with
+        those; `export` holds the weights alone.
       own: what `training.builtin.own` wrote; shown in place of most true ECRs (`mix.own`).
       tokenizer: folder written by `training.builtin.tokenizer`.
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
         same `out` goes on where the last one stopped.
       lm_weight: weight of the next-token loss beside the contrastive one.
-      tower: a frozen tower is that of `vision`, whatever a checkpoint holds.
+      tower: a frozen tower is that of `vision` or `start`, whatever a checkpoint holds.
       style_noise: how often a picture's features are moved as far as another art style would.
       feature_std: vision features and the embedding table are both rescaled to this spread at the
         start, so that the decoder reads both alike.
@@ -109,38 +113,6 @@ def begun(model: MultimodalLM, saved: Mapping[str, np.ndarray], std: float, samp
         param[...] = param[...] * (std / spread)
     table = saved["embed_vd"]
     model.text.embed_vd[...] = jnp.asarray(table * (std / table.std()))
-
-
-def see(model: MultimodalLM, pixels: Array) -> Array:
-    """[M S S 3] in [0, 1] → [M * features, D]."""
-    patches = images.to_patches(pixels)
-    hw = jnp.asarray(images.patch_coordinates(pixels.shape[1]))
-    hw = jnp.broadcast_to(hw, (patches.shape[0], *hw.shape))
-    segments = jnp.ones(patches.shape[:2], jnp.int32)
-    return model.encode_images(patches, hw, segments, unroll=True)
-
-
-def style_residuals(model: MultimodalLM, data: EmojiData, concepts: int = 400) -> Array:
-    """[N, features, D]: how the features of drawings of one concept in different training styles
-    differ from their mean. N ≥ 3 * `concepts`."""
-    rows = data.rows("train", originals=True)
-    ids, counts = np.unique(data.concept_ids[rows], return_counts=True)
-    ids = ids[counts >= 3]
-    chosen = np.random.default_rng(0).permutation(ids)[:concepts]
-    grouped = [rows[data.concept_ids[rows] == c] for c in chosen]
-    pictures = data.images[np.concatenate(grouped)]
-    shape = (builtin.SIDE, builtin.SIDE, 3)
-
-    @jax.jit
-    def look(model: MultimodalLM, part: Array) -> Array:
-        pixels = jax.image.resize(part / 255.0, (len(part), *shape), "linear", antialias=True)
-        return see(model, pixels)
-
-    parts = np.array_split(pictures.astype(np.float32), max(len(pictures) // 200, 1))
-    seen = np.concatenate([np.asarray(look(model, jnp.asarray(p))) for p in parts])
-    seen = seen.reshape(len(pictures), -1, seen.shape[-1])
-    ends = np.cumsum([len(g) for g in grouped])[:-1]
-    return jnp.asarray(np.concatenate([part - part.mean(0) for part in np.split(seen, ends)]))
 
 
 def restyled(key: Array, vis: Array, residuals: Array, often: float) -> Array:
@@ -250,28 +222,28 @@ class Unseen:
 def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
-    tokenizer = Tokenizer.from_dir(config.tokenizer)
-    saved = np.load(config.vision)
-    source = PairSource(
-        data,
-        tokenizer,
-        builtin.IMAGES,
-        prototypes=saved["prototypes_cd"],
-        seed=config.seed,
-        own=config.own,
-    )
+    tokenizer = Tokenizer.from_dir(config.start or config.tokenizer)
     rules = sampling.colour_rules(data)
     gentle, may_flip = jnp.asarray(rules.gentle), jnp.asarray(rules.may_flip)
 
     # --- model and optimiser ------------------------------------------------------------------
-    model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
-    sample = data.images[np.sort(data.rows("train")[:: len(data.rows("train")) // 64])]
-    begun(model, saved, config.feature_std, sample)
-    if config.start is not None:
+    if config.start is None:
+        model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(config.seed))
+        sample = data.images[np.sort(data.rows("train")[:: max(len(data.rows("train")) // 64, 1)])]
+        begun(model, np.load(config.vision), config.feature_std, sample)
+    else:
         model = hf.load(config.start, dtype=jnp.float32)
     frozen = config.tower == "frozen"
     tower = jax.tree.map(jnp.copy, model.visual)
     residuals = style_residuals(model, data)
+    source = PairSource(
+        data,
+        tokenizer,
+        builtin.IMAGES,
+        prototypes=prototypes(model, data, sampling.image_table(data)),
+        seed=config.seed,
+        own=config.own,
+    )
     trained = Trained(model, first_proxies(model, source))
     tx = muon(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
@@ -341,26 +313,34 @@ def main(config: Config) -> None:
     log = (config.out / "metrics.jsonl").open("a")
     batches = prefetch(source.batches(step, config.mix))
     since, timed = time.time(), step
-    last = config.until or config.steps
-    while step < last:
-        trained, opt_state, metrics = train_step(trained, opt_state, step, next(batches))
-        step += 1
-        if step % 20 == 0 or step == last:
-            row = {k: round(float(v), 4) for k, v in metrics.items()}
-            seconds = (time.time() - since) / (step - timed)
-            row |= {"step": step, "s_per_step": round(seconds, 2)}
-            if step % config.eval_every == 0 or step == last:
-                row |= unseen.evaluate(trained.model)
-            if not np.isfinite(sum(row.values())):
-                raise RuntimeError(f"the loss is not finite at step {step}: {row}")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            print(row, flush=True)
-            since, timed = time.time(), step
-        if step % config.checkpoint_every == 0 or step == last:
-            checkpoints.save(step, (trained, opt_state))
-            hf.export(trained.model, config.out / "export")
-    checkpoints.close()
+    last = min(config.until or config.steps, config.steps)
+    with StopRequest() as stop:
+        stopped = False
+        while step < last and not stopped:
+            trained, opt_state, metrics = train_step(trained, opt_state, step, next(batches))
+            step += 1
+            stopped = stop.asked()
+            if step % 20 == 0 or step == last:
+                row = {k: round(float(v), 4) for k, v in metrics.items()}
+                seconds = (time.time() - since) / (step - timed)
+                row |= {"step": step, "s_per_step": round(seconds, 2)}
+                if step % config.eval_every == 0 or step == last:
+                    row |= unseen.evaluate(trained.model)
+                if not np.isfinite(sum(row.values())):
+                    raise RuntimeError(f"the loss is not finite at step {step}: {row}")
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(row, flush=True)
+                since, timed = time.time(), step
+            if step % config.checkpoint_every == 0 or step == last or stopped:
+                checkpoints.save(step, (trained, opt_state))
+        checkpoints.close()
+    if stopped:
+        stop.leave()
+    if config.start is None:
+        hf.export(trained.model, config.out / "export")
+    else:
+        convert.export_like(trained.model, config.start, config.out / "export")
 
 
 if __name__ == "__main__":

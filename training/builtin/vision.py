@@ -6,8 +6,7 @@ A supervised warm start: from the mean of the merged vision features, linear hea
 group, subgroup, gender, skin tone and hair of the picture and the words of its label and tags. The
 same mean is drawn to the mean of the token embeddings of what is said about the picture (InfoNCE),
 so that features and token embeddings share one space before a decoder reads them. The heads are
-thrown away; the tower and the embedding table go into the unified model (`builtin.unified`), and
-so does each concept's mean feature, which tells what looks alike.
+thrown away; the tower and the embedding table go into the unified model (`builtin.unified`).
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from training.checkpoint import Checkpoints
 from training.data.emoji import EmojiData, load
 from training.optimiser import adamw, muon
 from training.prefetch import prefetch
+from training.stopping import StopRequest
 from tte_jax.models.vision import VisionTower
 from tte_jax.nn.norms import l2_normalise
 from tte_jax.preprocess.tokenizer import Tokenizer
@@ -266,47 +266,45 @@ def main(config: Config) -> None:
 
     # --- loop -------------------------------------------------------------------------------
     log = (config.out / "metrics.jsonl").open("a")
-    end = 0
-    for size, steps, batch in config.phases:
-        begin, end = end, end + steps
-        if step >= end:
-            continue
-        source = prefetch(batches(data, table, tokenizer, batch, max(step, begin), config.seed))
-        since, timed = time.time(), step
-        while step < end:
-            params, opt_state, metrics = train_step(params, opt_state, step, *next(source), size)
-            step += 1
-            if step % 50 == 0:
-                row = {k: round(float(v), 4) for k, v in metrics.items()}
-                if step % config.eval_every == 0 or step == total:
-                    row |= {k: round(float(v), 4) for k, v in evaluate(size).items()}
-                row |= {
-                    "step": step,
-                    "size": size,
-                    "images_per_s": round((step - timed) * batch / (time.time() - since), 1),
-                }
-                if not np.isfinite(sum(v for v in row.values())):
-                    raise RuntimeError(f"the loss is not finite at step {step}: {row}")
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(row, flush=True)
-                since, timed = time.time(), step
-            if step % config.checkpoint_every == 0 or step == total:
-                checkpoints.save(step, (params, opt_state))
-    checkpoints.close()
+    end, stopped = 0, False
+    with StopRequest() as stop:
+        for size, steps, batch in config.phases:
+            begin, end = end, end + steps
+            if step >= end or stopped:
+                continue
+            source = prefetch(batches(data, table, tokenizer, batch, max(step, begin), config.seed))
+            since, timed = time.time(), step
+            while step < end and not stopped:
+                params, opt_state, metrics = train_step(
+                    params, opt_state, step, *next(source), size
+                )
+                step += 1
+                stopped = stop.asked()
+                if step % 50 == 0:
+                    row = {k: round(float(v), 4) for k, v in metrics.items()}
+                    if step % config.eval_every == 0 or step == total:
+                        row |= {k: round(float(v), 4) for k, v in evaluate(size).items()}
+                    row |= {
+                        "step": step,
+                        "size": size,
+                        "images_per_s": round((step - timed) * batch / (time.time() - since), 1),
+                    }
+                    if not np.isfinite(sum(v for v in row.values())):
+                        raise RuntimeError(f"the loss is not finite at step {step}: {row}")
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    print(row, flush=True)
+                    since, timed = time.time(), step
+                if step % config.checkpoint_every == 0 or step == total or stopped:
+                    checkpoints.save(step, (params, opt_state))
+        checkpoints.close()
+    if stopped:
+        stop.leave()
 
     # --- result -----------------------------------------------------------------------------
-    prototypes = np.zeros((len(table.concepts), builtin.VISION.out_size), np.float32)
-    place = {int(c): i for i, c in enumerate(table.concepts)}
-    originals = data.rows("train", originals=True)
-    for part in np.array_split(originals, len(originals) // 256):
-        features = np.asarray(look(params, data.images[part], config.phases[-1][0]))
-        np.add.at(prototypes, [place[int(c)] for c in data.concept_ids[part]], features)
-    seen = np.bincount([place[int(c)] for c in data.concept_ids[originals]])
-    prototypes /= seen[:, None]
     model = nnx.merge(graph, params)
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(model.visual))}
-    leaves |= {"embed_vd": np.asarray(model.embed_vd[...]), "prototypes_cd": prototypes}
+    leaves["embed_vd"] = np.asarray(model.embed_vd[...])
     np.savez(config.out / "visual.npz", **leaves)  # pyright: ignore[reportArgumentType]  # no such names
     print(f"wrote {config.out / 'visual.npz'}")
 

@@ -20,7 +20,8 @@ from training.builtin import export, texts
 from training.builtin.packing import ECR, PROMPT, Example, Packed, Packer
 from training.builtin.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
 from training.builtin.sampling import image_table
-from training.builtin.unified import contrast, restyled, run, see, style_residuals
+from training.builtin.seeing import see, style_residuals
+from training.builtin.unified import contrast, restyled, run
 from tte_jax.builtin.models import REASONER, path_of
 from tte_jax.content import Content, Side
 from tte_jax.embedder import Embedder

@@ -1,0 +1,192 @@
+"""The built-in models, from nothing to evaluated weights in one command.
+
+    python -m training.builtin.train --data .data/emoji --out .data/runs/builtin
+
+Every stage is one of the modules beside this one, as a process of its own (`stages`): tokenizer →
+vision tower → reasoner and embedder in one → its own reasonings → the last fifth on those → rows
+for the reranker → reranker → held-out figures. With `--start` all models go on from those of a
+folder, and the first two stages fall away. The same command goes on with an interrupted run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from training.builtin import SIDE
+from training.builtin.stages import Stage, run
+from tte_jax.builtin.models import REASONER, RERANKER
+from tte_jax.cli import exits
+from tte_jax.errors import InvalidInputError, NotFoundError, TteError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. The defaults take just under three hours from nothing on two cores.
+
+    Attributes:
+      tower_steps, tower_batch: of the vision tower.
+      unified_steps: of the unified model; 0 = 1,600 from nothing, 720 from `start`.
+      own_share: the last so much of them is trained on the model's own reasonings.
+      own: pictures, texts and changes that the model is asked about for that.
+      reranker_steps: 0 = 450 from `start`'s reranker, 600 from the unified model.
+      rows: text, image and composed queries that the reranker learns from.
+      limit, composed: queries of each task of the evaluation.
+    """
+
+    tower_steps: int = 1500
+    tower_batch: int = 256
+    unified_steps: int = 0
+    own_share: float = 0.2
+    own: tuple[int, int, int] = (3000, 1000, 1800)
+    reranker_steps: int = 0
+    rows: tuple[int, int, int] = (900, 700, 1400)
+    limit: int = 300
+    composed: int = 200
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a run.
+
+    Attributes:
+      data: folder built by `training.data.emoji`.
+      out: folder of the run. `models/` in it holds the two model directories at the end,
+        `quality.json` their figures.
+      start: folder with the two model directories to go on from; None = from nothing.
+      version: written into the models.
+      dry_run: print the commands and stop.
+    """
+
+    data: Path = Path(".data/emoji")
+    out: Path = Path(".data/runs/builtin")
+    start: Path | None = None
+    version: str = "1"
+    sizes: Sizes = field(default_factory=Sizes)
+    dry_run: bool = False
+
+
+def check(config: Config) -> None:
+    """Raises NotFoundError or InvalidInputError for what would fail only after hours."""
+    if not (config.data / "manifest.json").is_file():
+        raise NotFoundError(
+            f"{config.data} holds no finished emoji data set; make it with "
+            f"`python -m training.data.emoji --out {config.data}`"
+        )
+    for name in (REASONER, RERANKER) if config.start else ():
+        if not (config.start / name / "config.json").is_file():  # type: ignore[operator]
+            raise NotFoundError(
+                f"--start {config.start} has no model directory {name}; expected a folder with"
+                f" {REASONER} and {RERANKER}, such as tte_jax/builtin/weights"
+            )
+    if config.out.exists() and not config.out.is_dir():
+        raise InvalidInputError(f"--out {config.out} is a file; give a folder", field="out")
+    if not config.version.strip():
+        raise InvalidInputError("--version is empty; give a word such as 5", field="version")
+    sizes = config.sizes
+    if not 0.0 < sizes.own_share < 1.0:
+        raise InvalidInputError(
+            f"--sizes.own-share {sizes.own_share} must lie between 0 and 1", field="sizes.own_share"
+        )
+    least = {
+        "tower_steps": 1, "tower_batch": 1, "unified_steps": 0, "reranker_steps": 0, "limit": 1,
+        "composed": 1,
+    }  # fmt: skip
+    for name, low in least.items():
+        if getattr(sizes, name) < low:
+            raise InvalidInputError(
+                f"--sizes.{name.replace('_', '-')} {getattr(sizes, name)} is less than {low}",
+                field=f"sizes.{name}",
+            )
+
+
+def recipe(config: Config) -> list[Stage]:
+    """All stages in order, each with every option that is not its module's default."""
+    out, start, sizes = config.out, config.start, config.sizes
+    data = ("--data", str(config.data))
+    tokenizer = out / "tokenizer" if start is None else start / REASONER
+    reading = ("--tokenizer", str(tokenizer))
+    unified, reasoning, models = out / "unified", out / "reasoning", out / "models"
+    weights = unified / "export" / "model.safetensors"
+    stages = []
+
+    def add(name: str, module: str, *options: object, makes: Path) -> None:
+        stages.append(Stage(name, module, tuple(str(o) for o in options), makes))
+
+    def add_export(name: str, to: Path, reranker: Path | None) -> None:
+        add(
+            name, "training.builtin.export", "--unified", weights.parent, "--reranker", reranker,
+            *reading, "--out", to, "--version", config.version,
+            makes=to / (REASONER if reranker is None else RERANKER) / "tte.json",
+        )  # fmt: skip
+
+    if start is None:
+        add(
+            "tokenizer", "training.builtin.tokenizer", *data, "--out", tokenizer,
+            makes=tokenizer / "tokenizer.json",
+        )  # fmt: skip
+        add(
+            "tower", "training.builtin.vision", *data, *reading, "--out", out / "vision",
+            "--phases", SIDE, sizes.tower_steps, sizes.tower_batch,
+            makes=out / "vision" / "visual.npz",
+        )  # fmt: skip
+        begin = (*reading, "--vision", out / "vision" / "visual.npz")
+        steps = sizes.unified_steps or 1600
+    else:
+        begin = ("--start", start / REASONER, "--lr", 1.5e-3, "--warmup", 20)
+        steps = sizes.unified_steps or 720
+    learn = (*data, *begin, "--out", unified, "--steps", steps)
+    until = max(1, round(steps * (1 - sizes.own_share)))
+    own = out / "own.jsonl"
+    add("unified", "training.builtin.unified", *learn, "--until", until, makes=weights)
+    add_export("export-unified", reasoning, None)
+    add(
+        "own", "training.builtin.own", *data, "--model", reasoning / REASONER, "--out", own,
+        "--image", sizes.own[0], "--text", sizes.own[1], "--composed", sizes.own[2],
+        makes=own,
+    )  # fmt: skip
+    add("unified-own", "training.builtin.unified", *learn, "--own", own, makes=weights)
+    add_export("export-own", models, None)
+    rows, rerank = out / "rerank" / "rows.jsonl", out / "rerank"
+    add(
+        "rerank-rows", "training.builtin.rerank_rows", *data, "--model", models / REASONER,
+        "--out", rows, "--text", sizes.rows[0], "--image", sizes.rows[1],
+        "--composed", sizes.rows[2],
+        makes=rows,
+    )  # fmt: skip
+    add(
+        "reranker", "training.rerank", "--rows", rows, *reading, "--out", rerank,
+        "--start", models / REASONER if start is None else start / RERANKER,
+        "--steps", sizes.reranker_steps or (600 if start is None else 450),
+        makes=rerank / "export" / "model.safetensors",
+    )  # fmt: skip
+    add_export("export", models, rerank / "export")
+    add(
+        "evaluate", "training.builtin.evaluate", *data, "--models", models,
+        "--out", out / "quality.json", "--limit", sizes.limit, "--composed", sizes.composed,
+        makes=out / "quality.json",
+    )  # fmt: skip
+    return stages
+
+
+def main(config: Config) -> int:
+    """Runs it; returns the exit code of `tte_jax.cli.exits`."""
+    try:
+        check(config)
+        stages = recipe(config)
+        if config.dry_run:
+            print("\n".join(stage.command for stage in stages))
+        else:
+            run(stages, config.out)
+            print(f"the models are in {config.out / 'models'}")
+    except TteError as error:
+        print(f"Error: {error.message}", file=sys.stderr)
+        return exits.exit_code(error)
+    return exits.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))
