@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve demo test test-training test-devices gate proofs crash lint format types protos \
-  breaking bench experiments bench-engine bench-index parity clean
+  breaking bench experiments bench-engine bench-index parity train-builtin clean
 
 help:
 	@echo "make serve     start the five services and the built-in corpus; search with: $(BIN)/tte search"
@@ -34,6 +34,7 @@ help:
 	@echo "make bench-index  the index against FAISS, hnswlib and usearch (BENCH_ARGS: options)"
 	@echo "make experiments  the papers' claims in small: docs/results.md; an hour or two (BENCH_ARGS)"
 	@echo "make parity    every model family against transformers"
+	@echo "make train-builtin  the built-in models from nothing: three hours (TRAIN_ARGS: options)"
 	@echo "make install   only make .venv with everything for development"
 	@echo "make clean     remove caches and what the demo wrote (not .venv, not the corpus)"
 
@@ -135,6 +136,13 @@ experiments: $(VENV)/.installed
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.parity
+
+# Needs npm, for the drawings. An interrupted run goes on; the models come to lie in .data/runs/builtin.
+# TRAIN_ARGS="--start tte_jax/builtin/weights --out .data/runs/next" goes on from the shipped ones.
+TRAIN_ARGS ?=
+train-builtin: $(VENV)/.installed
+	$(BIN)/python -m training.data.emoji
+	$(BIN)/python -m training.builtin.train $(TRAIN_ARGS)
 
 clean:
 	rm -rf demo dist .pytest_cache .ruff_cache .hypothesis $(CACHE)/test-compile-cache

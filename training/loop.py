@@ -345,7 +345,7 @@ def command_trainer(config: Config) -> Train:
         command = [word.format(**values) for word in shlex.split(config.trainer)]
         log.info("%s", shlex.join(command))
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        code = subprocess.run(command, pass_fds=(asked.lock,), check=False).returncode
+        code = _waited_for(subprocess.Popen(command, pass_fds=(asked.lock,)))
         if code:
             raise PreconditionError(
                 f"the trainer of round {asked.round} ended with code {code}; its own output says "
@@ -354,6 +354,17 @@ def command_trainer(config: Config) -> Train:
             )
 
     return train
+
+
+def _waited_for(trainer: subprocess.Popen[bytes]) -> int:
+    """Its exit code. When this process is made to end, the trainer is asked to, and saves first."""
+    try:
+        return trainer.wait()
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches it without us
+            trainer.terminate()
+        trainer.wait()
+        raise
 
 
 def main(config: Config) -> int:

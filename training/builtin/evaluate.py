@@ -33,6 +33,7 @@ from tte_jax.cascade.texts import rerank_text
 from tte_jax.content import NO_REASONING, Content, Reasoning, Side
 from tte_jax.embedder import Embedder
 from tte_jax.errors import InvalidInputError
+from tte_jax.preprocess.ecr import parse_ecr
 from tte_jax.reasoner import Reasoner
 from tte_jax.reranker import Reranker
 from tte_jax.stages import EmbedItem, ReasonItem
@@ -52,7 +53,11 @@ class Config:
       depth: how many first-stage candidates are reranked.
       composed: how many composed queries of each kind.
       limit: use only so many queries of the other kinds; 0 = all.
+      skip: leave out so many of the other kinds first.
+      pool: so many documents in each pool, all right ones among them; 0 = the whole style.
       rerank: off while there is no reranker yet.
+      ranks: a file for the rank of each query's right document, which `training.builtin.compare`
+        reads; None = none is written.
     """
 
     data: Path = Path(".data/emoji")
@@ -62,7 +67,10 @@ class Config:
     depth: int = 10
     composed: int = 500
     limit: int = 0
+    skip: int = 0
+    pool: int = 0
     rerank: bool = True
+    ranks: Path | None = None
     seed: int = 0
 
 
@@ -73,6 +81,15 @@ class Query:
     content: Content
     answer: str
     marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Queries against the drawings of one style."""
+
+    name: str
+    queries: list[Query]
+    style: str
 
 
 @dataclass
@@ -170,10 +187,26 @@ def score_readable(reranker: Reranker, query: str, candidates: list[str]) -> np.
         return np.concatenate([score_readable(reranker, query, [c]) for c in candidates])
 
 
-def evaluate(
-    roles: Roles, queries: list[Query], pool: Pool, config: Config
-) -> dict[str, dict[str, object]]:
-    """All arms of one task, overall and by mark."""
+@dataclass(frozen=True)
+class Found:
+    """What one task came to.
+
+    Attributes:
+      ranks: for each arm, 0-based rank [Q] of each query's right document; 50 = not among the
+        first 50.
+      named: [Q] bool, whether a query's reasoning names the right concept, to the letter.
+      about: what it cost.
+    """
+
+    ranks: dict[str, np.ndarray]
+    named: np.ndarray
+    about: dict[str, float]
+
+
+def rank_queries(
+    roles: Roles, queries: list[Query], pool: Pool, labels: dict[str, str], config: Config
+) -> Found:
+    """All arms of one task; `labels` of the concepts by key."""
     assert pool.plain is not None and pool.with_ecr is not None
     contents = [q.content for q in queries]
     right = np.array([pool.keys.index(q.answer) for q in queries])
@@ -193,27 +226,35 @@ def evaluate(
             scores = score_readable(roles.reranker, rerank_text(ecr, query.content), candidates)
             reranked[row, : config.depth] = head[np.argsort(-scores, kind="stable")]
         arms["ecr+ecrr"] = reranked
-    rng = np.random.default_rng(config.seed)
-    n = len(pool.keys)
+    named = np.array(
+        [parse_ecr(e.text).answer == labels[q.answer] for e, q in zip(ecrs, queries, strict=True)]
+    )
+    about = {
+        "queries": len(queries),
+        "pool": len(pool.keys),
+        "named_by_reasoning": round(float(named.mean()), 4),
+        "query_reasoning_tokens": round(float(np.mean([r.tokens for r in ecrs])), 1),
+        "seconds": round(time.time() - started, 1),
+    }
+    return Found({arm: ranks(order, right) for arm, order in arms.items()}, named, about)
+
+
+def figures(
+    found: dict[str, np.ndarray], queries: list[Query], pool: int, seed: int
+) -> dict[str, dict[str, object]]:
+    """Hits of all arms of one task, overall and by mark."""
+    rng = np.random.default_rng(seed)
     result: dict[str, dict[str, object]] = {
-        "chance": {"hit@1": round(1 / n, 5), "hit@10": round(10 / n, 5)}
+        "chance": {"hit@1": round(1 / pool, 5), "hit@10": round(10 / pool, 5)}
     }
     marks = sorted({m for q in queries for m in q.marks})
-    for arm, order in arms.items():
-        rank = ranks(order, right)
+    for arm, rank in found.items():
         result[arm] = dict(summary(rank, rng))
         result[arm]["by"] = {
             m: {**summary(rank[here], rng), "queries": int(here.sum())}
             for m in marks
             if (here := np.array([m in q.marks for q in queries])).any()
         }
-    tokens = float(np.mean([r.tokens for r in ecrs]))
-    result["about"] = {
-        "queries": len(queries),
-        "pool": n,
-        "query_reasoning_tokens": round(tokens, 1),
-        "seconds": round(time.time() - started, 1),
-    }
     return result
 
 
@@ -249,29 +290,20 @@ def composed_queries(
     return queries
 
 
-def main(config: Config) -> None:
-    data = load(config.data)
-    pictures = Pictures(data)
+def tasks_of(data: EmojiData, pictures: Pictures, config: Config) -> list[Task]:
+    """The queries; the same for the same options."""
     rng = np.random.default_rng(config.seed)
-    roles = Roles(
-        Reasoner.from_pretrained(config.models / REASONER),
-        Embedder.from_pretrained(config.models / EMBEDDER),
-        Reranker.from_pretrained(config.models / RERANKER) if config.rerank else None,
-    )
     by_key = {c.key: c for c in data.concepts}
     rows = np.flatnonzero(data.heldout_concept)
     unseen = {data.concepts[i].key for i in data.concept_ids[rows]}
     rows = np.flatnonzero(data.heldout_combination)
     combination = {data.concepts[i].key for i in data.concept_ids[rows]}
-
-    base = [
-        k
-        for k in pictures.keys(UNSEEN_STYLE)
-        if by_key[k].skin == "none"
-        and not by_key[k].tones
-        and all(pictures.has(s, k) for s in FOUR_STYLES)
-    ]
-    asked = base[: config.limit] if config.limit else base
+    asked = plain_keys(data, pictures)[config.skip :]
+    asked = asked[: config.limit] if config.limit else asked
+    if not asked:
+        raise InvalidInputError(
+            f"skip {config.skip} leaves no query of {len(plain_keys(data, pictures))}", field="skip"
+        )
 
     def marks(key: str) -> tuple[str, ...]:
         return ("unseen concept",) if key in unseen else ("seen concept",)
@@ -279,47 +311,92 @@ def main(config: Config) -> None:
     def tags(concept: Concept) -> str:
         return ", ".join(t.lower() for t in concept.tags) or texts.label(concept)
 
-    started = time.time()
-    fluent = build_pool(roles, pictures, UNSEEN_STYLE, base, config.budget)
-    served = build_pool(roles, pictures, SERVED_STYLE, pictures.keys(SERVED_STYLE), config.budget)
-    indexing = time.time() - started
-    tasks = {
-        "text → image, by label; unseen style": (
+    def composed(style: str, targets: Callable[[Concept], bool]) -> list[Query]:
+        return composed_queries(data, pictures, style, targets, config.composed, rng)
+
+    def held_out(concept: Concept) -> bool:
+        return concept.key in combination
+
+    def trained(concept: Concept) -> bool:
+        return concept.key not in combination and concept.key not in unseen
+
+    return [
+        Task(
+            "text → image, by label; unseen style",
             [Query(Content.of(texts.label(by_key[k])), k, marks(k)) for k in asked],
-            fluent,
+            UNSEEN_STYLE,
         ),
-        "text → image, by tags; unseen style": (
+        Task(
+            "text → image, by tags; unseen style",
             [Query(Content.of(tags(by_key[k])), k, marks(k)) for k in asked],
-            fluent,
+            UNSEEN_STYLE,
         ),
-        "image → image; from the unseen style into OpenMoji": (
+        Task(
+            "image → image; from the unseen style into OpenMoji",
             [Query(Content.of("", pictures.of(UNSEEN_STYLE, k)), k, marks(k)) for k in asked],
-            served,
+            SERVED_STYLE,
         ),
-        "composed; held-out combinations, from a trained style (noto)": (
-            composed_queries(
-                data, pictures, "noto", lambda c: c.key in combination, config.composed, rng
-            ),
-            served,
+        Task(
+            "composed; held-out combinations, from a trained style (noto)",
+            composed("noto", held_out),
+            SERVED_STYLE,
         ),
-        "composed; held-out combinations, from the unseen style": (
-            composed_queries(
-                data, pictures, UNSEEN_STYLE, lambda c: c.key in combination, config.composed, rng
-            ),
-            served,
+        Task(
+            "composed; held-out combinations, from the unseen style",
+            composed(UNSEEN_STYLE, held_out),
+            SERVED_STYLE,
         ),
-        "composed; trained combinations, from the unseen style": (
-            composed_queries(
-                data,
-                pictures,
-                UNSEEN_STYLE,
-                lambda c: c.key not in combination and c.key not in unseen,
-                config.composed,
-                rng,
-            ),
-            served,
+        Task(
+            "composed; trained combinations, from the unseen style",
+            composed(UNSEEN_STYLE, trained),
+            SERVED_STYLE,
         ),
+    ]
+
+
+def plain_keys(data: EmojiData, pictures: Pictures) -> list[str]:
+    """Concepts without skin tones that four styles draw, in order."""
+    by_key = {c.key: c for c in data.concepts}
+    return [
+        k
+        for k in pictures.keys(UNSEEN_STYLE)
+        if by_key[k].skin == "none"
+        and not by_key[k].tones
+        and all(pictures.has(s, k) for s in FOUR_STYLES)
+    ]
+
+
+def pool_keys(
+    data: EmojiData, pictures: Pictures, tasks: Sequence[Task], style: str, config: Config
+) -> list[str]:
+    """The documents of a style: all of them, or the right ones with others drawn to them."""
+    keys = plain_keys(data, pictures) if style == UNSEEN_STYLE else pictures.keys(style)
+    if not config.pool:
+        return keys
+    right = {q.answer for task in tasks if task.style == style for q in task.queries}
+    others = [k for k in keys if k not in right]
+    drawn = np.random.default_rng(config.seed).permutation(len(others))
+    return sorted(right | {others[i] for i in drawn[: max(config.pool - len(right), 0)]})
+
+
+def main(config: Config) -> None:
+    data = load(config.data)
+    pictures = Pictures(data)
+    roles = Roles(
+        Reasoner.from_pretrained(config.models / REASONER),
+        Embedder.from_pretrained(config.models / EMBEDDER),
+        Reranker.from_pretrained(config.models / RERANKER) if config.rerank else None,
+    )
+    tasks = tasks_of(data, pictures, config)
+    labels = {c.key: texts.label(c) for c in data.concepts}
+    started = time.time()
+    pools = {
+        style: build_pool(
+            roles, pictures, style, pool_keys(data, pictures, tasks, style, config), config.budget
+        )
+        for style in dict.fromkeys(task.style for task in tasks)
     }
+    indexing = time.time() - started
     report: dict[str, object] = {
         "command": shlex.join(["python", "-m", "training.builtin.evaluate", *sys.argv[1:]]),
         "models": {
@@ -333,13 +410,27 @@ def main(config: Config) -> None:
         "indexing_seconds": round(indexing, 1),
         "tasks": {},
     }
-    for name, (queries, pool) in tasks.items():
-        result = evaluate(roles, queries, pool, config)
-        report["tasks"][name] = result  # type: ignore[index]
-        figures = {arm: (v["hit@1"], v["hit@10"]) for arm, v in result.items() if arm != "about"}
-        print(f"{name}\n  {figures}  {result['about']}", flush=True)
+    every: dict[str, object] = {}
+    for task in tasks:
+        pool = pools[task.style]
+        found = rank_queries(roles, task.queries, pool, labels, config)
+        result = figures(found.ranks, task.queries, len(pool.keys), config.seed)
+        result["about"] = dict(found.about)
+        report["tasks"][task.name] = result  # type: ignore[index]
+        every[task.name] = {
+            "answers": [q.answer for q in task.queries],
+            "pool": len(pool.keys),
+            "named": found.named.tolist(),
+            "ranks": {arm: rank.tolist() for arm, rank in found.ranks.items()},
+        }
+        hits = {arm: (v["hit@1"], v["hit@10"]) for arm, v in result.items() if arm != "about"}
+        print(f"{task.name}\n  {hits}  {found.about}", flush=True)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if config.ranks is not None:
+        config.ranks.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"models": report["models"], "tasks": every}
+        config.ranks.write_text(json.dumps(kept, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

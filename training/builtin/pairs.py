@@ -18,6 +18,7 @@ import numpy as np
 
 from training import builtin
 from training.builtin import images, sampling, texts
+from training.builtin.mined import confused
 from training.builtin.packing import Example, Leaf, Packed, Packer, Placed
 from training.builtin.words import concept_words
 from training.data.concepts import Concept
@@ -73,6 +74,8 @@ class Mix:
         nothing.
       echoed: how often the ECR of a text query is its own words.
       own: how often it is what the model itself had said (`builtin.own`), where that is given.
+      mined: how many of the groups of concepts that are drawn together are a query's and its
+        negatives', where a mined round is given; the others are of one kind.
       served: how often a document is the OpenMoji original, which is what is served.
       rows: rows of LENGTH tokens that all sequences must fit into.
       learnt: tokens of ECRs that are learnt, at most.
@@ -86,6 +89,7 @@ class Mix:
     coined: int = 16
     echoed: float = 0.1
     own: float = 0.7
+    mined: float = 0.7
     served: float = 0.5
     rows: int = 76
     learnt: int = 4400
@@ -118,7 +122,8 @@ class Own(NamedTuple):
 
 class PairSource:
     """Draws batches from the training split; `prototypes` as in `lookalikes`, None where no ECR is
-    replaced by a wrong one; `own` as written by `training.builtin.own`."""
+    replaced by a wrong one; `own` as written by `training.builtin.own`; `mined` a sealed round of
+    `training.loop` over these data."""
 
     def __init__(
         self,
@@ -129,6 +134,7 @@ class PairSource:
         prototypes: np.ndarray | None,
         seed: int,
         own: Path | None = None,
+        mined: Path | None = None,
     ) -> None:
         self._data = data
         self._seed = seed
@@ -149,6 +155,7 @@ class PairSource:
         self._served = self._served_rows()
         self._vocabulary = sorted({w for c in self._concepts() for w in concept_words(c)})
         self._said = _Said(self._table, own) if own is not None else None
+        self._confused = confused(mined, data, self._table.concepts) if mined is not None else []
 
     def batches(self, start: int, mix: Mix) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, … without end."""
@@ -224,7 +231,7 @@ class PairSource:
         raise ValueError(f"a batch does not fit into {mix.rows} rows of {LENGTH}; raise mix.rows")
 
     def _draw_batch(self, rng: np.random.Generator, mix: Mix) -> Batch | None:
-        plain = [int(i) for i in self._draw(mix.text, rng)]
+        plain = [int(i) for i in self._draw(mix.text, mix.mined, rng)]
         changes = self.changes(mix, rng)
         answers = plain + [c.concept for c in changes]
         seen = [self._document(i, mix, rng) for i in answers]
@@ -311,14 +318,19 @@ class PairSource:
         said = texts.label(concept)
         return self.place(said, False), said
 
-    def _draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Half at random, half as look-alikes: a few subgroups with several concepts each."""
+    def _draw(self, count: int, mined: float, rng: np.random.Generator) -> np.ndarray:
+        """Half at random, half as what is easily confused: a few groups of several concepts, each
+        out of one subgroup, or a query's and those of its mined negatives."""
         at_random = rng.choice(len(self._table.concepts), count // 2, p=self._table.weights)
         chosen = [*at_random]
         while len(chosen) < count:
+            room = min(6, count - len(chosen))
+            if self._confused and rng.random() < mined:
+                chosen += [*self._confused[rng.integers(len(self._confused))][:room]]
+                continue
             seed = rng.choice(len(self._table.concepts), p=self._table.weights)
             siblings = self._subgroups[self._concept(int(seed)).subgroup]
-            chosen += [*rng.permutation(siblings)[: min(6, count - len(chosen))]]
+            chosen += [*rng.permutation(siblings)[:room]]
         return rng.permutation(np.array(chosen))
 
     def changes(self, mix: Mix, rng: np.random.Generator) -> list[Own]:

@@ -4,8 +4,9 @@
 
 Every stage is one of the modules beside this one, as a process of its own (`stages`): tokenizer →
 vision tower → reasoner and embedder in one → its own reasonings → the last fifth on those → rows
-for the reranker → reranker → held-out figures. With `--start` all models go on from those of a
-folder, and the first two stages fall away. The same command goes on with an interrupted run.
+for the reranker → reranker → rounds of mined negatives → held-out figures. With `--start` all
+models go on from those of a folder, and the first two stages fall away. The same command goes on
+with an interrupted run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Sizes:
       own: pictures, texts and changes that the model is asked about for that.
       reranker_steps: 0 = 450 from `start`'s reranker, 600 from the unified model.
       rows: text, image and composed queries that the reranker learns from.
+      rounds: of rHNM; each is kept only if the retriever is not worse for it.
       limit, composed: queries of each task of the evaluation.
     """
 
@@ -44,6 +46,7 @@ class Sizes:
     own: tuple[int, int, int] = (3000, 1000, 1800)
     reranker_steps: int = 0
     rows: tuple[int, int, int] = (900, 700, 1400)
+    rounds: int = 2
     limit: int = 300
     composed: int = 200
 
@@ -55,7 +58,7 @@ class Config:
     Attributes:
       data: folder built by `training.data.emoji`.
       out: folder of the run. `models/` in it holds the two model directories at the end,
-        `quality.json` their figures.
+        `quality.json` their figures, `ranks.json` those of each query (`training.builtin.compare`).
       start: folder with the two model directories to go on from; None = from nothing.
       version: written into the models.
       dry_run: print the commands and stop.
@@ -92,8 +95,8 @@ def check(config: Config) -> None:
             f"--sizes.own-share {sizes.own_share} must lie between 0 and 1", field="sizes.own_share"
         )
     least = {
-        "tower_steps": 1, "tower_batch": 1, "unified_steps": 0, "reranker_steps": 0, "limit": 1,
-        "composed": 1,
+        "tower_steps": 1, "tower_batch": 1, "unified_steps": 0, "reranker_steps": 0, "rounds": 0,
+        "limit": 1, "composed": 1,
     }  # fmt: skip
     for name, low in least.items():
         if getattr(sizes, name) < low:
@@ -109,7 +112,9 @@ def recipe(config: Config) -> list[Stage]:
     data = ("--data", str(config.data))
     tokenizer = out / "tokenizer" if start is None else start / REASONER
     reading = ("--tokenizer", str(tokenizer))
-    unified, reasoning, models = out / "unified", out / "reasoning", out / "models"
+    unified, reasoning, first, models = (
+        out / name for name in ("unified", "reasoning", "first", "models")
+    )
     weights = unified / "export" / "model.safetensors"
     stages = []
 
@@ -149,24 +154,32 @@ def recipe(config: Config) -> list[Stage]:
         makes=own,
     )  # fmt: skip
     add("unified-own", "training.builtin.unified", *learn, "--own", own, makes=weights)
-    add_export("export-own", models, None)
+    add_export("export-own", first, None)
     rows, rerank = out / "rerank" / "rows.jsonl", out / "rerank"
     add(
-        "rerank-rows", "training.builtin.rerank_rows", *data, "--model", models / REASONER,
+        "rerank-rows", "training.builtin.rerank_rows", *data, "--model", first / REASONER,
         "--out", rows, "--text", sizes.rows[0], "--image", sizes.rows[1],
         "--composed", sizes.rows[2],
         makes=rows,
     )  # fmt: skip
     add(
         "reranker", "training.rerank", "--rows", rows, *reading, "--out", rerank,
-        "--start", models / REASONER if start is None else start / RERANKER,
+        "--start", first / REASONER if start is None else start / RERANKER,
         "--steps", sizes.reranker_steps or (600 if start is None else 450),
         makes=rerank / "export" / "model.safetensors",
     )  # fmt: skip
-    add_export("export", models, rerank / "export")
+    add_export("export", first if sizes.rounds else models, rerank / "export")
+    if sizes.rounds:
+        add(
+            "rounds", "training.builtin.rounds", *data, "--models", first, "--own", own,
+            "--out", out / "rounds", "--result", models, "--rounds", sizes.rounds,
+            "--skip", sizes.limit,
+            makes=models / REASONER / "tte.json",
+        )  # fmt: skip
     add(
         "evaluate", "training.builtin.evaluate", *data, "--models", models,
-        "--out", out / "quality.json", "--limit", sizes.limit, "--composed", sizes.composed,
+        "--out", out / "quality.json", "--ranks", out / "ranks.json",
+        "--limit", sizes.limit, "--composed", sizes.composed,
         makes=out / "quality.json",
     )  # fmt: skip
     return stages

@@ -54,6 +54,8 @@ class Config:
         and `vision`, and `export` below `out` is a whole directory like it. None = begin with
         those; `export` holds the weights alone.
       own: what `training.builtin.own` wrote; shown in place of most true ECRs (`mix.own`).
+      mined: a sealed round of `training.loop` over these data; concepts of its queries and of their
+        negatives are drawn together (`mix.mined`).
       tokenizer: folder written by `training.builtin.tokenizer`.
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
@@ -70,6 +72,7 @@ class Config:
     vision: Path = Path(".data/runs/vision/visual.npz")
     start: Path | None = None
     own: Path | None = None
+    mined: Path | None = None
     out: Path = Path(".data/runs/unified")
     mix: Mix = field(default_factory=Mix)
     steps: int = 2000
@@ -243,6 +246,7 @@ def main(config: Config) -> None:
         prototypes=prototypes(model, data, sampling.image_table(data)),
         seed=config.seed,
         own=config.own,
+        mined=config.mined,
     )
     trained = Trained(model, first_proxies(model, source))
     tx = muon(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.training.drawings import emoji_data
 from training import builtin
-from training.builtin import export, texts
+from training.builtin import export, seeing, texts
 from training.builtin.packing import ECR, PROMPT, Example, Packed, Packer
 from training.builtin.pairs import FEATURES, Batch, Mix, Own, PairSource, lookalikes
 from training.builtin.sampling import image_table
@@ -273,3 +273,38 @@ def test_residuals_are_what_tells_styles_apart(tokenizer: Tokenizer) -> None:
         np.testing.assert_allclose(one.sum(0), 0, atol=1e-5)
         np.testing.assert_allclose(one[0], one[2], atol=1e-5)  # the drawing that is there twice
         assert np.abs(one[0] - one[1]).max() > 1e-4
+
+
+def test_prototypes_are_the_mean_features_of_each_concepts_drawings(tokenizer: Tokenizer) -> None:
+    data = emoji_data()
+    model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(0))
+    table = image_table(data)
+    found = seeing.prototypes(model, data, table)
+    assert found.shape == (len(table.concepts), builtin.VISION.out_size)
+    for index in (0, 7):
+        rows = np.flatnonzero(data.concept_ids == table.concepts[index])
+        pixels = jnp.asarray(data.images[rows], jnp.float32) / 255.0
+        small = jax.image.resize(
+            pixels, (len(rows), builtin.SIDE, builtin.SIDE, 3), "linear", antialias=True
+        )
+        np.testing.assert_allclose(found[index], see(model, small).mean(0), atol=1e-4)
+
+
+def test_pictures_are_seen_in_order_whatever_is_left_for_the_last_pass(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = emoji_data()
+    model = MultimodalLM(builtin.unified_config(tokenizer), rngs=nnx.Rngs(0))
+    rows = np.array([3, 0, 7, 5, 1])
+    together = np.concatenate(list(seeing.seen(model, data, rows)))
+    monkeypatch.setattr(seeing, "_TOGETHER", 2)
+    apart = list(seeing.seen(model, data, rows))
+    assert [len(part) for part in apart] == [2, 2, 1]
+    np.testing.assert_allclose(np.concatenate(apart), together, atol=1e-5)
+
+
+def test_wrong_reasonings_need_prototypes(tokenizer: Tokenizer) -> None:
+    source = PairSource(emoji_data(), tokenizer, builtin.IMAGES, prototypes=None, seed=3)
+    next(source.batches(0, replace(MIX, corrupt=0.0, corrupt_text=0.0)))
+    with pytest.raises(AssertionError, match="needs prototypes"):
+        next(source.batches(0, replace(MIX, corrupt=1.0)))
