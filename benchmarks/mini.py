@@ -39,8 +39,8 @@ class Config:
     """
 
     tasks: str = "all"
-    queries: int = 100
-    pages: int = 400
+    queries: int = 40
+    pages: int = 200
     data: Path = Path(".tte/mini-mmeb-bench")
     runs: Path | None = None
     out: Path = field(default=environment.ROOT / "benchmarks/results/mini_mmeb.json")
@@ -92,7 +92,8 @@ def gathered(results: Path, data: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = tyro.cli(Config, args=arguments, description=__doc__)
-    about = environment.describe("benchmarks.mini", arguments and list(arguments))
+    given = None if arguments is None else list(arguments)
+    about = environment.describe("benchmarks.mini", given)
     with tempfile.TemporaryDirectory() as scratch:
         results = config.runs or Path(scratch)
         run(config, results)
