@@ -1,63 +1,25 @@
 """Search over fake stages with hand-computable answers, on a virtual clock."""
 
 import asyncio
-from contextlib import aclosing
 
 import numpy as np
 import pytest
 
 from tests.cascade.fakes import (
-    Behaviour,
-    FakeEmbedder,
-    FakeIndex,
-    FakeReasoner,
-    FakeReranker,
     collect,
     ecr,
     run,
 )
-from tte_jax.cascade import Caps, Cascade, Include, SearchQuery, SearchStage
-from tte_jax.cascade.planning import FINISH_S, Pace
-from tte_jax.content import NO_REASONING, Budget, Content, Reasoning, Side, Task, Usage
+from tests.cascade.searching import BY_COSINE, FIRST, RERANKED, System, degraded, ids
+from tte_jax.cascade import Include, SearchQuery
+from tte_jax.content import NO_REASONING, Budget, Content, Side, Usage
 from tte_jax.errors import (
-    DeadlineExceededError,
     InternalError,
     InvalidInputError,
     OverloadedError,
     UnavailableError,
 )
 from tte_jax.filters import Equals, Range
-
-FIRST, REWRITTEN, RERANKED = SearchStage.FIRST_STAGE, SearchStage.REWRITTEN, SearchStage.RERANKED
-
-
-class System:
-    """A cascade over fakes, with five documents: `aab ab abb bbbb cc`."""
-
-    def __init__(self, caps: Caps | None = None) -> None:
-        self.reasoner = FakeReasoner({"ask": ecr("think of", "aab")})
-        self.embedder = FakeEmbedder()
-        self.index = FakeIndex()
-        self.reranker = FakeReranker()
-        for id in ("aab", "ab", "abb", "bbbb", "cc"):
-            self.index.put(id, ecr(f"seen {id}", id))
-        self.cascade = Cascade(self.reasoner, self.embedder, self.index, self.reranker, caps=caps)
-
-    def search(self, text: str = "ask", **query):
-        query = SearchQuery(query.pop("content", Content.of(text)), **query)
-        return run(collect(self.cascade.search(query)))
-
-
-def ids(update):
-    return [candidate.id for candidate in update.results]
-
-
-def degraded(update):
-    return [(d.stage, d.reason) for d in update.degraded]
-
-
-# By cosine with (2, 1): aab 1, ab .949, abb .8, bbbb .447, cc 0.
-BY_COSINE = ["aab", "ab", "abb", "bbbb", "cc"]
 
 
 def test_the_first_stage_comes_first_and_the_reranked_head_before_the_tail():
@@ -152,126 +114,6 @@ def test_include_leaves_out_what_is_not_wanted():
     assert {c.reasoning for c in last.results} == {NO_REASONING}
     assert last.stage is RERANKED  # the reranker still had the ECRs
     assert last.results[0].metadata == {"n": 3}
-
-
-# --- query-aware rewrites ---
-
-
-def test_rewrites_of_the_top_replace_their_ecrs_in_the_rerank():
-    system = System()
-    system.reasoner.table["ab|ask"] = ecr("now I see", "wanted")
-    system.reasoner.table["aab|ask"] = Reasoning("", "", "")  # an empty rewrite falls back
-    first, rewritten, last = system.search(budget=Budget(rewrite_depth=2, rewrite_tokens=8))
-    assert (rewritten.stage, rewritten.final) == (REWRITTEN, False)
-    assert ids(rewritten) == ids(first) == BY_COSINE
-    assert [c.rewrite for c in rewritten.results] == [
-        None, ecr("now I see", "wanted"), None, None, None,
-    ]  # fmt: skip
-    assert rewritten.results[1].reasoning == ecr("seen ab", "ab")
-    texts = [candidate for _, candidate in system.reranker.pairs]
-    assert texts[:3] == [
-        "seen aab. Answer: aab", "now I see. Answer: wanted", "seen abb. Answer: abb",
-    ]  # fmt: skip
-    assert last.stage is RERANKED
-    assert system.reasoner.max_tokens == [64, 8]
-    item = system.reasoner.items[1]
-    assert (item.task, item.side) == (Task.REWRITE, Side.DOCUMENT)
-    assert item.content == Content.of("aab")
-    assert item.query == Content.of("ask")
-    assert item.query_reasoning == ecr("think of", "aab").text
-    assert item.candidate_reasoning == ecr("seen aab", "aab").text
-    assert [u.stage for u in last.usage] == [
-        "reason", "embed", "index", "fetch", "rewrite", "rerank",
-    ]  # fmt: skip
-
-
-def test_rewrites_without_a_rerank_end_the_search():
-    first, last = System().search(budget=Budget(rewrite_depth=1, rerank_depth=0))
-    assert (last.stage, last.final) == (REWRITTEN, True)
-    assert last.results[0].rewrite is not None
-
-
-def test_a_document_deleted_meanwhile_is_not_rewritten():
-    system = System()
-    entry = system.index.entries["aab"]
-
-    async def gone(ids, *, timeout_s=None):
-        return [None if id == "aab" else system.index.entries[id].document for id in ids]
-
-    system.index.get = gone
-    rewritten = system.search(budget=Budget(rewrite_depth=2))[1]
-    assert [c.rewrite is None for c in rewritten.results] == [True, False, True, True, True]
-    assert entry.document.id == rewritten.results[0].id
-
-
-@pytest.mark.parametrize(
-    ("sick", "stages"),
-    [
-        ("fetch", [("fetch", "UNAVAILABLE")]),
-        ("rewrite", [("rewrite", "UNAVAILABLE")]),
-    ],
-)
-def test_a_failed_rewrite_leaves_the_plain_ecrs(sick, stages):
-    system = System()
-    if sick == "fetch":
-        system.index.get_behaviour = Behaviour(broken=UnavailableError("away"))
-    else:
-        reason = system.reasoner.reason
-
-        async def only_queries(items, **kwargs):
-            if items[0].task is Task.REWRITE:
-                raise UnavailableError("away")
-            return await reason(items, **kwargs)
-
-        system.reasoner.reason = only_queries
-    first, last = system.search(budget=Budget(rewrite_depth=2))
-    assert (last.stage, last.final) == (RERANKED, True)
-    assert degraded(last) == stages
-    assert all(c.rewrite is None for c in last.results)
-    assert first.degraded == ()
-
-
-@pytest.mark.parametrize(
-    ("unreadable", "rewritten", "message"),
-    [
-        ({"aab"}, {"ab", "abb"}, "1 of 3 candidates could not be read by the reasoner"),
-        ({"aab", "abb"}, {"ab"}, "2 of 3 candidates could not be read by the reasoner"),
-        ({"aab", "ab", "abb"}, set(), "3 of 3 candidates could not be read by the reasoner"),
-    ],
-)
-def test_a_candidate_that_cannot_be_rewritten_is_left_out_alone(unreadable, rewritten, message):
-    system = System()
-    reason = system.reasoner.reason
-
-    async def broken_images(items, **kwargs):
-        for i, item in enumerate(items):
-            if item.task is Task.REWRITE and item.content.text in unreadable:
-                field = f"inputs[{i}].content.parts[0].image.data"
-                raise InvalidInputError("cut short", field=field, reason="BROKEN_IMAGE")
-        return await reason(items, **kwargs)
-
-    system.reasoner.reason = broken_images
-    last = system.search(budget=Budget(rewrite_depth=3))[-1]
-    assert {c.id for c in last.results if c.rewrite is not None} == rewritten
-    assert (last.stage, degraded(last)) == (RERANKED, [("rewrite", "BROKEN_IMAGE")])
-    assert last.degraded[0].message.startswith(message)
-
-
-def test_a_rewrite_refused_for_its_query_fails_as_a_whole():
-    system = System()
-    calls = []
-    reason = system.reasoner.reason
-
-    async def bad_query(items, **kwargs):
-        if items[0].task is Task.REWRITE:
-            calls.append(len(items))
-            raise InvalidInputError("too long", field="inputs[0].rewrite.query", reason="TOO_LONG")
-        return await reason(items, **kwargs)
-
-    system.reasoner.reason = bad_query
-    last = system.search(budget=Budget(rewrite_depth=3))[-1]
-    assert calls == [3]
-    assert degraded(last) == [("rewrite", "TOO_LONG")]
 
 
 # --- candidates and queries without an ECR ---
@@ -404,137 +246,6 @@ def test_wrong_queries_are_refused_before_any_work(query, field):
         system.search(**query)
     assert caught.value.field == field
     assert system.reasoner.calls == system.embedder.calls == 0
-
-
-# --- time ---
-
-
-def test_reasoning_that_would_eat_the_deadline_is_cut_off_and_the_search_goes_on():
-    system = System()
-    system.reasoner.delay = 60.0
-    first, last = system.search("aab", deadline_s=2.0)
-    assert ids(first) == BY_COSINE
-    assert degraded(last) == [("reason", "DEADLINE_EXCEEDED")]
-    # 0.55 s are kept for an unmeasured first stage; reasoning had the rest, and shows in usage.
-    assert last.usage[0].stage == "reason"
-    assert last.usage[0].wall_s == pytest.approx(2.0 - 0.55)
-    assert (last.stage, last.final) == (RERANKED, True)
-
-
-def test_reasoning_known_to_be_too_slow_is_not_begun():
-    system = System()
-    system.cascade.pace = Pace({"embed": 0.1, "index": 0.1, "reason": 0.5}, reason_tokens=20)
-    last = system.search("aab", deadline_s=2.0)[-1]
-    assert system.reasoner.calls == 0
-    assert degraded(last) == [("reason", "DEADLINE_NEAR")]
-    assert last.stage is RERANKED
-    # Without a deadline it runs.
-    assert system.search("aab")[-1].degraded == ()
-
-
-def test_a_slow_reranker_is_given_up_before_the_deadline():
-    system = System()
-    system.reranker.delay = 60.0
-    started_to_end = {}
-
-    async def main():
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        query = SearchQuery(Content.of("ask"), deadline_s=3.0)
-        updates = [(u, loop.time() - started) async for u in system.cascade.search(query)]
-        started_to_end["end"] = updates[-1][1]
-        return [u for u, _ in updates]
-
-    first, last = run(main())
-    assert started_to_end["end"] == pytest.approx(3.0 - FINISH_S)
-    assert last.results == first.results
-    assert degraded(last) == [("rerank", "DEADLINE_EXCEEDED")]
-    assert system.reranker.cancelled == 1
-
-
-def test_too_little_time_reranks_fewer():
-    system = System()
-    system.cascade.pace = Pace({"rerank": 0.2})
-    first, last = system.search(deadline_s=0.6 + FINISH_S)  # 0.25 s each with slack: two
-    scored = [c.id for c in last.results if c.rerank is not None]
-    assert sorted(scored) == ["aab", "ab"]
-    assert last.stage is RERANKED
-    assert degraded(last) == [("rerank", "DEADLINE_NEAR")]
-    assert "2 of 5" in last.degraded[0].message
-    assert first.degraded == ()
-
-
-def test_a_stage_that_hangs_is_given_up_at_its_cap():
-    system = System(Caps(reason=7.0, rerank=4.0))
-    system.reasoner.delay = system.reranker.delay = 1e6
-    last = system.search("aab")[-1]
-    assert degraded(last) == [
-        ("reason", "DEADLINE_EXCEEDED"),
-        ("rerank", "DEADLINE_EXCEEDED"),
-    ]
-    walls = {u.stage: u.wall_s for u in last.usage}
-    assert walls["reason"] == pytest.approx(7.0)
-    assert walls["rerank"] == pytest.approx(4.0)
-    assert ids(last) == BY_COSINE
-
-
-@pytest.mark.parametrize("stage", ["embedder", "index"])
-def test_a_first_stage_that_hangs_is_deadline_exceeded(stage):
-    system = System()
-    getattr(system, stage).delay = 1e6
-    with pytest.raises(DeadlineExceededError):
-        system.search(deadline_s=3.0)
-
-
-def test_a_deadline_that_has_passed_does_no_work():
-    system = System()
-    with pytest.raises(DeadlineExceededError, match="none is left"):
-        system.search(deadline_s=0.01)
-    assert system.reasoner.calls == system.embedder.calls == 0
-
-
-def test_timeouts_are_passed_on_to_the_stages():
-    system = System()
-    system.reasoner.delay = 1.0
-    system.search(deadline_s=10.0)
-    assert system.reasoner.timeouts == [pytest.approx(10 - 0.55)]
-    assert system.embedder.timeouts == [pytest.approx(9 - FINISH_S)]
-    assert system.index.timeouts == [5.0]  # its cap
-    assert system.reranker.timeouts == [pytest.approx(9 - FINISH_S)]
-
-
-# --- cancellation ---
-
-
-@pytest.mark.parametrize("stage", ["reasoner", "embedder", "index", "reranker"])
-def test_cancelling_the_consumer_cancels_the_stage_call(stage):
-    system = System()
-    behaviour = getattr(system, stage)
-    behaviour.delay = 1000.0
-
-    async def main():
-        task = asyncio.create_task(collect(system.cascade.search(SearchQuery(Content.of("ask")))))
-        await asyncio.sleep(1.0)
-        assert behaviour.running == 1
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert (behaviour.running, behaviour.cancelled) == (0, 1)
-
-    run(main())
-
-
-def test_a_consumer_that_stops_after_the_first_ranking_pays_for_no_more():
-    system = System()
-
-    async def main():
-        async with aclosing(system.cascade.search(SearchQuery(Content.of("ask")))) as updates:
-            async for _ in updates:
-                break
-        assert len(asyncio.all_tasks()) == 1
-
-    run(main())
-    assert system.reranker.calls == 0
 
 
 def test_concurrent_searches_do_not_mix():
