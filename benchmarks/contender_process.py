@@ -151,12 +151,17 @@ def _measure(
 
     Returns {"qps", "recall"}, and {"p50_us", "p99_us"} of single queries.
     """
-    search = contender.search_library if variant == LIBRARY else contender.search
+    search, to_rows = (
+        (contender.search_library, contender.library_rows)
+        if variant == LIBRARY
+        else (contender.search, contender.rows)
+    )
     contender.set(value)
     k_true = min(k, truth.shape[1])
     if mode == "single":
         contender.threads(1)
-        rows = [search(queries[:1], k)]
+        search(queries[:1], k)
+        answers: list[Any] = []
         times: list[float] = []
         began = time.perf_counter()
         while time.perf_counter() - began < seconds:
@@ -165,9 +170,9 @@ def _measure(
             found = search(queries[at : at + 1], k)
             times.append(time.perf_counter() - start)
             if len(times) <= len(queries):
-                rows.append(found)
+                answers.append(found)
         spent = np.array(times)
-        found = np.concatenate(rows[1:])
+        found = np.concatenate([to_rows(answer, k) for answer in answers])
         return {
             "qps": len(times) / spent.sum(),
             "recall": _recall(found, truth[: len(found)], k_true),
@@ -181,11 +186,11 @@ def _measure(
     while answered < len(queries) or time.perf_counter() - began < seconds:
         at = answered % len(queries)
         found = search(queries[at : at + size], k)
-        answered += len(found)
+        answered += min(size, len(queries) - at)
         if answered <= len(queries):
             first.append(found)
     spent_s = time.perf_counter() - began
-    found = np.concatenate(first)
+    found = np.concatenate([to_rows(answer, k) for answer in first])
     return {
         "qps": answered / spent_s,
         "recall": _recall(found, truth[: len(found)], k_true),

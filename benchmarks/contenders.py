@@ -38,12 +38,23 @@ class Contender(Protocol):
 
     def set(self, value: Any) -> None: ...
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """[Q, k] rows."""
+    def search(self, queries: np.ndarray, k: int) -> Any:
+        """What the library itself answers with; only this is timed."""
+        ...
+
+    def rows(self, answer: Any, k: int) -> np.ndarray:
+        """[Q, k] rows of an answer."""
         ...
 
 
-class _Faiss:
+class _AnswersRows:
+    """A library that answers with an array of rows."""
+
+    def rows(self, answer: np.ndarray, k: int) -> np.ndarray:
+        return answer
+
+
+class _Faiss(_AnswersRows):
     """Anything that FAISS makes from a description."""
 
     saved = True
@@ -142,7 +153,7 @@ class FaissHnsw(_Faiss):
         self.index.hnsw.efSearch = value
 
 
-class Hnswlib:
+class Hnswlib(_AnswersRows):
     values = [16, 32, 64, 128, 256, 512]
     saved = True
 
@@ -176,7 +187,7 @@ class Hnswlib:
         return self.index.knn_query(queries, k, num_threads=self.count)[0]
 
 
-class Usearch:
+class Usearch(_AnswersRows):
     values = [16, 32, 64, 128, 256, 512]
     saved = True
 
@@ -230,7 +241,9 @@ class Ours:
     def build(self, vectors: np.ndarray, threads: int, done: int) -> int:
         from tte_jax.index import IndexConfig, LiveIndex
         from tte_jax.index.generation import Rows
+        from tte_jax.index.recall import TIE_ROWS
 
+        self._in_excess = TIE_ROWS  # ours asks for so many more than k
         self._width = len(str(len(vectors)))
         ids = [f"{i:0{self._width}d}" for i in range(len(vectors))]
         rows = Rows(ids, np.array(vectors), np.arange(1, len(ids) + 1), [{}] * len(ids))
@@ -258,8 +271,11 @@ class Ours:
         raise NotImplementedError
 
     def threads(self, count: int) -> None:
+        # Ours shares a batch among the threads of its configuration and asks a query alone on its
+        # caller's.
         if self.searcher is not None:
-            self.searcher.share_batches(count)
+            self.searcher.library.set_num_threads(count)
+        self.count = count
 
     def set(self, value: float) -> None:
         if self.searcher is None:
@@ -269,18 +285,28 @@ class Ours:
             self.efforts[value] = self._effort(rows.vectors, value)
         self.searcher.effort = self.efforts[value]
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        found = self.live.search_batch(queries, k)
-        out = np.full((len(queries), k), -1, np.int64)
-        for row, hits in zip(out, found, strict=True):
+    def search(self, queries: np.ndarray, k: int) -> list[list[Any]]:
+        return self.live.search_batch(queries, k)
+
+    def rows(self, answer: list[list[Any]], k: int) -> np.ndarray:
+        out = np.full((len(answer), k), -1, np.int64)
+        for row, hits in zip(out, answer, strict=True):
             row[: len(hits)] = [int(hit.id) for hit in hits]
         return out
 
-    def search_library(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """ScaNN's own answers, by the same searcher; exact where there is none."""
+    def search_library(self, queries: np.ndarray, k: int) -> Any:
+        """ScaNN's own answers, by the same searcher, as fast as it gives them; exact where there
+        is none."""
         if self.searcher is None:
             return self.search(queries, k)
-        return self.searcher.propose(queries, k + 10)[0][:, :k]
+        asked = self.searcher.asked(k + self._in_excess)
+        if len(queries) == 1:
+            return self.searcher.library.search(queries[0], *asked)[0][None]
+        share = math.ceil(len(queries) / self.count)
+        return self.searcher.library.search_batched_parallel(queries, *asked, batch_size=share)[0]
+
+    def library_rows(self, answer: Any, k: int) -> np.ndarray:
+        return self.rows(answer, k) if self.searcher is None else answer[:, :k].astype(np.int64)
 
 
 CONTENDERS = {

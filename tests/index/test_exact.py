@@ -80,3 +80,20 @@ def test_a_batch_proposes_for_each_query_what_it_proposes_alone(rows, monkeypatc
         assert set(found[of == i]) == set(alone)
     of, found = exact.propose(vectors, queries, 400, chosen)
     assert len(found) == len(queries) * (300 if chosen is None else len(chosen))
+
+
+@pytest.mark.parametrize(
+    ("count", "k"), [(2, 1), (130, 1), (130, 120), (3163, 10), (3163, 120), (5000, 1), (5000, 500)]
+)
+def test_the_nearest_are_those_that_a_sort_finds_and_their_ties(count, k):
+    rng = np.random.default_rng(count)
+    scores = rng.standard_normal((7, count)).astype(np.float32)
+    scores[1] = np.sort(scores[1])  # all of the best in a few groups
+    scores[2] = 0.5
+    scores[3, -3:] = 9.0
+    scores[4] = np.round(scores[4])
+    of, positions = exact.nearest(scores, k)
+    assert (np.diff(of) >= 0).all()
+    for row, mine in enumerate(scores):
+        least = np.sort(mine)[-k] - exact.SLACK
+        assert sorted(positions[of == row]) == np.flatnonzero(mine >= least).tolist()

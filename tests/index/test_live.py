@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.index.documents import random_units, unit
+from tests.index.documents import clustered_units, random_units, unit
 from tte_jax.corpus.records import Removed, Stored
 from tte_jax.errors import PreconditionError
 from tte_jax.filters import Range
@@ -265,3 +265,37 @@ def test_measuring_knows_filters_deletions_and_small_corpora():
     live.search(vectors[2], 5, Range("n", at_least=1e6))
     live.apply([Removed(401, "d0"), Stored(402, "new", vectors[1], {"n": 1})])
     assert live.measure_recall() == (1.0, 3)
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann-ah", "scann-tree-ah"])
+def test_threads_that_share_a_batch_change_nothing(kind):
+    rng = np.random.default_rng(13)
+    count = 1200
+    points = clustered_units(rng, count + 300, 24)
+    vectors, asked = points[:count], points[count:]
+    vectors[900:] = vectors[:300]  # ties
+    rows = Rows(
+        [f"{i:05d}" for i in rng.permutation(count)],
+        vectors,
+        np.arange(1, count + 1),
+        [{"n": i % 2} for i in range(count)],
+    )
+    answers = []
+    for threads in (1, 3):
+        config = IndexConfig(
+            exact_below=count + 1 if kind == "exact" else 1,
+            tree_from=1 if kind == "scann-tree-ah" else count + 1,
+            search_threads=threads,
+        )
+        live = LiveIndex(rows, sequence=count, config=config)
+        assert live.rebuild().kind == kind
+        live.apply([Removed(count + 1, rows.ids[3]), Stored(count + 2, "new", asked[0], {"n": 0})])
+        answers.append(
+            [
+                live.search_batch(asked[:queries], 7, condition)
+                for queries in (3, 8, 17, 64, 300)
+                for condition in (None, Range("n", below=1))
+            ]
+        )
+    assert answers[0] == answers[1]
+    assert answers[0][0][0][0].id == "new"

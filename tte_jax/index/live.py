@@ -21,8 +21,9 @@ import numpy as np
 from tte_jax.corpus.records import Change, Removed
 from tte_jax.errors import PreconditionError
 from tte_jax.filters import Filter
-from tte_jax.index import exact, scann_searcher, view_search
+from tte_jax.index import exact, scann_searcher
 from tte_jax.index.columns import Columns
+from tte_jax.index.crew import Crew
 from tte_jax.index.generation import Delta, Generation, Rows, View
 from tte_jax.index.protocol import Searcher
 from tte_jax.index.recall import (
@@ -32,6 +33,7 @@ from tte_jax.index.recall import (
     worst_true_scores,
 )
 from tte_jax.index.reports import Found, RebuildReport
+from tte_jax.index.view_search import ViewSearch
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class LiveIndex:
         self.config = config or IndexConfig()
         self._write_lock = threading.Lock()
         self._rebuild_lock = threading.Lock()
+        self._crew = Crew(self.config.search_threads)
         # Writes since a running rebuild copied its rows; None when no rebuild runs.
         self._since_copy: list[Change] | None = None
         self.queries = QuerySample(self.config.recent_queries, self.config.check_every)
@@ -146,7 +149,7 @@ class LiveIndex:
             return [[] for _ in queries]
         check_dimension(queries, view.dimension)
         self.queries.note(queries, k, filter)
-        return view_search.search(view, queries, k, filter)
+        return ViewSearch(view, k, filter).answer(queries, self._crew)
 
     def needs_recall_check(self) -> bool:
         """Whether many queries have been answered approximately since the last measurement."""
@@ -163,12 +166,13 @@ class LiveIndex:
         hits = wanted = 0
         sample = self.queries.draw(self.config.checked_queries, vectors.shape[1])
         for asked in sample:
-            rows = np.flatnonzero(view_search.survivors(view, asked.filter))
+            search = ViewSearch(view, asked.k, asked.filter)
+            rows = search.survivors
             if not len(rows):
                 continue
             query = asked.vector[None]
             (worst,) = worst_true_scores(vectors, query, [asked.k], rows)
-            of, found = view_search.candidates(view, query, asked.k, asked.filter)
+            of, found = search.candidates(query)
             k = min(asked.k, len(rows))
             hits += min(k, int((exact.score(vectors, query, of, found) >= worst).sum()))
             wanted += k
@@ -251,10 +255,11 @@ class LiveIndex:
             rows.vectors,
             tree=len(rows) >= config.tree_from,
             threads=config.build_threads,
-            search_threads=config.search_threads,
         )
         asked = self.queries.draw(config.checked_queries, rows.vectors.shape[1])
-        recall = check_recall(searcher, rows.vectors, config.canaries, self._target, asked)
+        recall = check_recall(
+            searcher, rows.vectors, config.canaries, self._target, asked, self._crew
+        )
         if recall < config.recall_floor:
             log.warning(
                 "%s over %d rows reaches canary recall %.3f, below %.3f: searching exactly",

@@ -19,6 +19,7 @@ import numpy as np
 
 from tte_jax.filters import Filter
 from tte_jax.index import exact
+from tte_jax.index.crew import Crew
 from tte_jax.index.protocol import Searcher
 
 # What users see, and what the first stage asks for. A filter that keeps a fifth of the rows makes
@@ -111,6 +112,7 @@ def check_recall(
     canaries: int,
     floor: float,
     asked: Sequence[Asked] = (),
+    crew: Crew | None = None,
 ) -> float:
     """Recall of `searcher` against exact search: the lowest of recall@10 and recall@50 on canaries
     and of the recall on real queries.
@@ -124,6 +126,7 @@ def check_recall(
       canaries: how many; each counts with 10 neighbours and with 50, apart.
       floor: the recall to reach.
       asked: real queries, each with the k it was asked with; filters play no part here.
+      crew: threads that share the queries; none = the caller's alone.
     """
     invented = canary_queries(vectors, canaries)
     sets: list[_Checked] = []
@@ -137,8 +140,9 @@ def check_recall(
         k = min(k, len(vectors))
         worst = np.array([mine[k - 1] for mine in best])
         sets.append(_Checked(invented, np.full(len(invented), k), worst))
+    crew = crew or Crew(1)
     while True:
-        recall = min(_recall(searcher, vectors, some) for some in sets)
+        recall = min(_recall(searcher, vectors, some, crew) for some in sets)
         if recall >= floor or not searcher.search_harder():
             return recall
 
@@ -151,15 +155,19 @@ class _Checked(NamedTuple):
     worst: np.ndarray
 
 
-def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked) -> float:
+def _recall(searcher: Searcher, vectors: np.ndarray, some: _Checked, crew: Crew) -> float:
     hits = 0
     for k in np.unique(some.ks).tolist():
-        mine = some.ks == k
-        queries, worst = some.queries[mine], some.worst[mine]
-        rows, _ = searcher.propose(queries, wanted_rows(k))
-        of, columns = np.nonzero(rows >= 0)
-        right = exact.score(vectors, queries, of, rows[of, columns]) >= worst[of]
-        hits += int(np.minimum(k, np.bincount(of, right, minlength=len(queries))).sum())
+
+        def right(mine: np.ndarray, k: int = k) -> int:
+            queries, worst = some.queries[mine], some.worst[mine]
+            rows, _ = searcher.propose(queries, wanted_rows(k))
+            of, columns = np.nonzero(rows >= 0)
+            good = exact.score(vectors, queries, of, rows[of, columns]) >= worst[of]
+            return int(np.minimum(k, np.bincount(of, good, minlength=len(mine))).sum())
+
+        mine = np.flatnonzero(some.ks == k)
+        hits += sum(crew.map(right, np.array_split(mine, min(crew.threads, len(mine)))))
     return hits / int(some.ks.sum())
 
 

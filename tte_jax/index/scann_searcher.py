@@ -31,8 +31,6 @@ _REORDERS = (30, 50, 100, 200, 400, 800, 1600, 3200)
 _REORDER_FACTOR = 1.5
 # Reading a row's vector out of memory to score it costs as much as scanning the codes of so many.
 _CODES_PER_REORDER = 20
-# Fewer queries are not worth handing to other threads.
-_QUERIES_PER_THREAD = 4
 
 
 class Effort(NamedTuple):
@@ -52,16 +50,14 @@ class ScannSearcher:
       vectors: [N, D] float32, L2-normalised, N ≥ `MINIMUM_ROWS`. ScaNN keeps its own copy.
       tree: whether to partition.
       threads: training threads.
-      search_threads: threads that share a batch of queries; a single query uses its caller's.
 
     Attributes:
+      library: ScaNN's searcher.
       efforts: what it can be set to, by rising cost.
       effort: what it is set to; not to be changed while it serves.
     """
 
-    def __init__(
-        self, vectors: np.ndarray, *, tree: bool, threads: int = 1, search_threads: int = 1
-    ) -> None:
+    def __init__(self, vectors: np.ndarray, *, tree: bool, threads: int = 1) -> None:
         rows = len(vectors)
         if rows < MINIMUM_ROWS:
             raise ValueError(f"ScaNN needs at least {MINIMUM_ROWS} rows, got {rows}")
@@ -87,35 +83,26 @@ class ScannSearcher:
             anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD,
             training_sample_size=min(rows, _TRAINING_ROWS),
         ).reorder(_REORDERS[0])
-        self._searcher = builder.set_n_training_threads(threads).build()
-        self.share_batches(search_threads)
+        self.library = builder.set_n_training_threads(threads).build()
 
-    def share_batches(self, threads: int) -> None:
-        """Let so many threads work on a batch of queries."""
-        self._threads = threads
-        self._searcher.set_num_threads(threads)
+    def asked(self, count: int) -> tuple[int, int, int]:
+        """What ScaNN is asked for: rows, rows that are scored exactly, leaves (-1 = no tree)."""
+        count = min(count, self._rows)
+        reorder = max(self.effort.reorder, math.ceil(_REORDER_FACTOR * count))
+        return count, min(self._rows, reorder), self.effort.leaves or -1
 
     def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Searcher.propose`; a tree may return fewer rows than asked for."""
-        count = min(count, self._rows)
+        """See `Searcher.propose`; a tree may return fewer rows than asked for. Works on the
+        caller's thread, and lets Python go on in others."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        wanted = (
-            count,
-            min(self._rows, max(self.effort.reorder, math.ceil(_REORDER_FACTOR * count))),
-            self.effort.leaves or -1,
-        )
         if len(queries) == 1:
-            rows, scores = self._searcher.search(queries[0], *wanted)
+            rows, scores = self.library.search(queries[0], *self.asked(count))
             return rows.astype(np.int64)[None], scores[None]
-        if len(queries) < self._threads * _QUERIES_PER_THREAD:
-            rows, scores = self._searcher.search_batched(queries, *wanted)
-        else:
-            share = math.ceil(len(queries) / self._threads)
-            rows, scores = self._searcher.search_batched_parallel(
-                queries, *wanted, batch_size=share
-            )
+        rows, scores = self.library.search_batched(queries, *self.asked(count))
         # Where it finds too few, ScaNN fills up with row 0 at a distance of NaN.
         missing = np.isnan(scores)
+        if not missing.any():
+            return rows.astype(np.int64), scores
         return np.where(missing, -1, rows.astype(np.int64)), np.where(missing, -np.inf, scores)
 
     def search_harder(self) -> bool:

@@ -4,104 +4,159 @@ ranked as one."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
+from functools import cached_property, partial
 
 import numpy as np
 
 from tte_jax.content import Metadata
 from tte_jax.filters import Filter
 from tte_jax.index import exact
+from tte_jax.index.crew import Crew
 from tte_jax.index.generation import View
+from tte_jax.index.protocol import Searcher
 from tte_jax.index.recall import wanted_rows
 from tte_jax.index.reports import Found
 
 # When fewer rows than this share survive filter and tombstones, scanning them is faster and
 # better than over-fetching (measured: at 10 % over-fetching five-fold finds half of the truth).
 EXACT_SHARE = 0.15
+# A batch is shared among threads in parts of at least and, where ScaNN answers, at most so many
+# queries: several parts for each thread, so that they do not all need Python at the same moment.
+_LEAST_PART = 8
+_LARGEST_PART = 128
 # A `Found` of its three fields, a third of the time that its constructor takes.
 _FOUND: Callable[[tuple[str, float, Metadata]], Found] = partial(tuple.__new__, Found)
 
 
-def search(
-    view: View, queries: np.ndarray, k: int, filter: Filter | None = None
-) -> list[list[Found]]:
-    """For each of `queries` [Q, D] the k live rows of highest cosine, ties by id.
+class ViewSearch:
+    """What all queries of a search share: a view, k, a filter, and what follows from them.
 
-    Candidates of all queries go through every step as one array, so that a query of a batch does
-    not pay for the steps' overhead.
+    Args:
+      k: at least 1.
+      filter: condition on metadata.
     """
-    rows, delta = view.generation.rows, view.delta
-    of, built = candidates(view, queries, k, filter)
-    scores = exact.score(rows.vectors, queries, of, built)
-    fresh = view.fresh
-    if filter is not None and len(fresh):
-        keep = [filter.matches(delta.metadata[i]) for i in fresh]
-        fresh = fresh[np.array(keep, dtype=bool)]
-    if not len(fresh):
-        places, ids, metadata = built, rows.ids, rows.metadata
-    else:
-        of_new, new = exact.propose(view.delta_vectors, queries, k, fresh)
-        scores = np.concatenate([scores, exact.score(view.delta_vectors, queries, of_new, new)])
-        # Beyond the generation's rows stand those of the delta.
-        of = np.concatenate([of, of_new])
-        places = np.concatenate([built, len(rows) + new])
-        ids, metadata = _Joined(rows.ids, delta.ids), _Joined(rows.metadata, delta.metadata)
-    return _ranked(of, places, scores, len(queries), k, ids, metadata)
 
+    def __init__(self, view: View, k: int, filter: Filter | None = None) -> None:
+        self._view, self._k = view, k
+        generation, delta = view.generation, view.delta
+        self._rows = generation.rows
+        self._keep, self._count = view.alive, view.alive_count
+        # Live rows of the delta that match.
+        self._fresh = view.fresh
+        if filter is not None:
+            self._keep = view.alive & generation.columns.mask(filter)
+            self._count = int(np.count_nonzero(self._keep))
+            matching = [filter.matches(delta.metadata[i]) for i in self._fresh]
+            self._fresh = self._fresh[np.array(matching, dtype=bool)]
+        self._whole = self._count == len(self._keep)
+        share = self._count / len(self._keep) if self._count else 0.0
+        # Rows to ask of the searcher; 0 = the search is exact.
+        self._wanted = 0
+        self._searcher: Searcher | None = None
+        if generation.searcher is not None and share >= EXACT_SHARE:
+            self._wanted = wanted_rows(k, share)
+            if self._wanted < self._count:
+                self._searcher = generation.searcher
 
-def survivors(view: View, filter: Filter | None) -> np.ndarray:
-    """[N] bool: rows of the generation that are alive and match."""
-    if filter is None:
-        return view.alive
-    return view.alive & view.generation.columns.mask(filter)
+    @cached_property
+    def survivors(self) -> np.ndarray:
+        """[M] int64, rising: rows of the generation that are alive and match."""
+        return np.flatnonzero(self._keep)
 
+    def answer(self, queries: np.ndarray, crew: Crew) -> list[list[Found]]:
+        """For each of `queries` [Q, D] the k live rows of highest cosine, ties by id."""
+        if len(queries) == 1:
+            return self._answer(queries)
+        size = max(_LEAST_PART, -(-len(queries) // crew.threads))
+        if self._searcher is not None:
+            size = min(size, _LARGEST_PART)
+        parts = [queries[start : start + size] for start in range(0, len(queries), size)]
+        if len(parts) == 1:
+            return self._answer(queries)
+        return [found for part in crew.map(self._answer, parts) for found in part]
 
-def candidates(
-    view: View, queries: np.ndarray, k: int, filter: Filter | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the generation that may be among the k nearest survivors of each query.
+    def candidates(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the generation that may be among the k nearest survivors of each query.
 
-    Returns ([P] query of each, rising; [P] int64 rows), as `exact.propose`.
-    """
-    generation = view.generation
-    vectors = generation.rows.vectors
-    keep = survivors(view, filter)
-    count = view.alive_count if filter is None else int(np.count_nonzero(keep))
-    if not count:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    whole = count == len(keep)
-    share = count / len(keep)
-    if generation.searcher is None or share < EXACT_SHARE or wanted_rows(k, share) >= count:
-        return exact.propose(vectors, queries, k, None if whole else np.flatnonzero(keep))
-    rows, scores = generation.searcher.propose(queries, wanted_rows(k, share))
-    if whole and len(queries) == 1 and rows.shape[1] > k:  # the way of most searches, in few steps
+        Returns ([P] query of each, rising; [P] int64 rows), as `exact.propose`.
+        """
+        if not self._count:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if self._searcher is None:
+            return self._exactly(queries)
+        rows, scores = self._searcher.propose(queries, self._wanted)
+        if not self._whole:
+            scores = np.where(self._keep[rows] & (rows >= 0), scores, -np.inf)
+        width = scores.shape[1]
+        if width > self._k:
+            kth = np.partition(scores, width - self._k, axis=1)[:, width - self._k]
+            # Where the filter's survivors lie far from the query, too few were fetched.
+            short = np.flatnonzero(kth == -np.inf)
+            near = scores >= (kth - exact.SLACK)[:, None]
+        else:
+            near = np.isfinite(scores)
+            short = np.flatnonzero(np.count_nonzero(near, axis=1) < self._k)
+        near[short] = False
+        flat = np.flatnonzero(near)
+        of, built = flat // width, rows.ravel()[flat]
+        if not len(short):
+            return of, built
+        of_more, more = self._exactly(queries[short])
+        of_all = np.concatenate([of, short[of_more]])
+        order = np.argsort(of_all, kind="stable")
+        return of_all[order], np.concatenate([built, more])[order]
+
+    def _exactly(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        survivors = None if self._whole else self.survivors
+        return exact.propose(self._rows.vectors, queries, self._k, survivors)
+
+    def _answer(self, queries: np.ndarray) -> list[list[Found]]:
+        """Candidates of all queries go through every step as one array, so that a query of a batch
+        does not pay for the steps' overhead."""
+        if len(queries) == 1 and self._searcher is not None and self._whole:
+            if not len(self._fresh) and (found := self._answer_alone(queries, self._searcher)):
+                return [found]
+        rows, delta, fresh = self._rows, self._view.delta, self._fresh
+        of, places = self.candidates(queries)
+        scores = exact.score(rows.vectors, queries, of, places)
+        ids, metadata = rows.ids, rows.metadata
+        if len(fresh):
+            vectors = self._view.delta_vectors
+            of_new, new = exact.propose(vectors, queries, self._k, fresh)
+            scores = np.concatenate([scores, exact.score(vectors, queries, of_new, new)])
+            # Beyond the generation's rows stand those of the delta.
+            places = np.concatenate([places, len(rows) + new])
+            of = np.concatenate([of, of_new])
+            order = np.argsort(of, kind="stable")
+            of, places, scores = of[order], places[order], scores[order]
+            ids, metadata = _Joined(rows.ids, delta.ids), _Joined(rows.metadata, delta.metadata)
+        return _ranked(of, places, scores, len(queries), self._k, ids, metadata)
+
+    def _answer_alone(self, query: np.ndarray, searcher: Searcher) -> list[Found]:
+        """The answer to [1, D], with nothing between it and the searcher; none when the searcher
+        finds too few.
+
+        The way of most searches. After a scan the processor's caches hold codes, so that every
+        step begins cold: these are as few as can be, and few values are Python's business.
+        """
+        k, rows = self._k, self._rows
+        found, scores = searcher.propose(query, self._wanted)
+        places, near = found[0], scores[0].tolist()
+        if len(near) <= k:
+            return []
         # ScaNN's best come first; only what rounding cannot tell from the k-th is worth a second
         # look.
-        near = rows[0, : int((scores[0] >= scores[0, k - 1] - exact.SLACK).sum())]
-        return np.zeros(len(near), np.int64), near
-    if not whole:
-        scores = np.where(keep[rows] & (rows >= 0), scores, -np.inf)
-    found = np.count_nonzero(np.isfinite(scores), axis=1)
-    width = scores.shape[1]
-    if width > k:
-        kth = np.partition(scores, width - k, axis=1)[:, width - k, None]
-        near = scores >= kth - exact.SLACK
-    else:
-        near = np.isfinite(scores)
-    # Where the filter's survivors lie far from the query, too few were fetched.
-    short = np.flatnonzero(found < k)
-    if not len(short):
-        of, columns = np.nonzero(near)
-        return of, rows[of, columns]
-    near[short] = False
-    of, columns = np.nonzero(near)
-    of_more, more = exact.propose(
-        vectors, queries[short], k, None if whole else np.flatnonzero(keep)
-    )
-    of_all = np.concatenate([of, short[of_more]])
-    order = np.argsort(of_all, kind="stable")
-    return of_all[order], np.concatenate([rows[of, columns], more])[order]
+        least, last = near[k - 1] - float(exact.SLACK), k
+        while last < len(near) and near[last] >= least:
+            last += 1
+        places = places[:last]
+        negative = (-exact.score(rows.vectors, query, _FIRST, places)).tolist()
+        numbers = places.tolist()
+        named = sorted(zip(negative, map(rows.ids.__getitem__, numbers), numbers, strict=True))
+        return [Found(id, -cosine, rows.metadata[place]) for cosine, id, place in named[:k]]
+
+
+_FIRST = np.zeros(0, np.int64)  # of one query, nothing needs to be told apart
 
 
 def _ranked(
@@ -116,34 +171,50 @@ def _ranked(
     """The k best of each query by falling score, ties by rising id.
 
     Args:
-      of, places, scores: [P] query, place in `ids` and `metadata`, and score of each candidate.
+      of, places, scores: [P] query (rising), place in `ids` and `metadata`, and score of each
+        candidate.
     """
-    if queries == 1:
-        # Python sorts a few faster than NumPy is called.
-        named = [(ids[place], place) for place in places.tolist()]
-        ranked = sorted(zip((-scores).tolist(), named, strict=True))[:k]
-        return [[Found(id, -negative, metadata[place]) for negative, (id, place) in ranked]]
-    order = np.lexsort((-scores, of))
-    of, places, scores = of[order], places[order], scores[order]
-    borders = np.searchsorted(of, np.arange(queries + 1))
-    position = np.arange(len(of)) - borders[of]
-    best = position < k
-    kept = places[best].tolist()
-    fields = zip(
-        [ids[place] for place in kept],
-        scores[best].tolist(),
-        [metadata[place] for place in kept],
-        strict=True,
-    )
-    found = list(map(_FOUND, fields))
-    ends = np.minimum(np.diff(borders), k).cumsum().tolist()
-    out = [found[start:end] for start, end in pairwise([0, *ends])]
-    equal = (scores[1:] == scores[:-1]) & (of[1:] == of[:-1]) & best[:-1]
-    for query in np.unique(of[1:][equal]).tolist() if equal.any() else ():
+    if not len(of):
+        return [[] for _ in range(queries)]
+    # Nearly all queries have equally many candidates: those are sorted as one block.
+    counts = np.bincount(of, minlength=queries)
+    width = int(np.bincount(counts).argmax())
+    even = counts == width
+    out: list[list[Found]] = [[]] * queries
+    apart = np.flatnonzero(~even)
+    if width:
+        chosen = slice(None) if not len(apart) else even[of]
+        block = scores[chosen].reshape(-1, width)
+        order = np.argsort(-block, axis=1)
+        block = np.take_along_axis(block, order, axis=1)
+        tied = (block[:, 1:] == block[:, :-1])[:, :k].any(axis=1)
+        named = np.take_along_axis(places[chosen].reshape(-1, width), order, axis=1)[:, :k]
+        block, each, flat = block[:, :k], named.shape[1], named.ravel().tolist()
+        found = list(
+            map(
+                _FOUND,
+                zip(
+                    map(ids.__getitem__, flat),
+                    block.ravel().tolist(),
+                    map(metadata.__getitem__, flat),
+                    strict=True,
+                ),
+            )
+        )
+        lists = [found[start : start + each] for start in range(0, len(found), each)]
+        if not len(apart):
+            out = lists
+        else:
+            for query, mine in zip(np.flatnonzero(even).tolist(), lists, strict=True):
+                out[query] = mine
+        if tied.any():
+            apart = np.concatenate([apart, np.flatnonzero(even)[tied]])
+    borders = np.concatenate([[0], np.cumsum(counts)])
+    for query in apart.tolist():
         start, end = borders[query], borders[query + 1]
         mine = places[start:end].tolist()
-        ranked = exact.rank(scores[start:end], lambda i, mine=mine: ids[mine[i]], k)
-        out[query] = [Found(id, cosine, metadata[mine[i]]) for i, id, cosine in ranked]
+        best = exact.rank(scores[start:end], lambda i, mine=mine: ids[mine[i]], k)
+        out[query] = [Found(id, cosine, metadata[mine[i]]) for i, id, cosine in best]
     return out
 
 
