@@ -370,8 +370,9 @@ class CorpusIndex:
 
         def look() -> tuple[list[list[Found]], dict[str, Reasoning]]:
             found = self.vectors.search(queries, k, filter, embedder_version=embedder_version)
-            wanted = list({f.id for some in found for f in some})
-            return found, {} if ids_only else self.store.reasonings(wanted)
+            if ids_only:
+                return found, {}
+            return found, self.store.reasonings(list({f.id for some in found for f in some}))
 
         found, reasonings = look()
         if self.vectors.work_due:

@@ -93,19 +93,17 @@ def _positions(scores: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def score(vectors: np.ndarray, queries: np.ndarray, of: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[P] float32 cosines of `queries[of]` and `vectors[rows]`, summed in float64 in one fixed
-    order.
+    order. Where there is one query, `of` is not looked at.
 
     Equal vectors get equal scores wherever they stand, which a float32 product does not
     promise; ties are therefore real ties.
     """
-    if len(queries) == 1 and 0 < len(rows) <= _SCORED_ROWS:
-        one = np.vecdot(vectors[rows].astype(np.float64), queries[0].astype(np.float64))
-        return one.astype(np.float32)
     out = np.empty(len(rows), dtype=np.float32)
     wide = queries.astype(np.float64)
     for start in range(0, len(rows), _SCORED_ROWS):
         part = slice(start, start + _SCORED_ROWS)
-        out[part] = np.vecdot(vectors[rows[part]].astype(np.float64), wide[of[part]])
+        asked = wide[0] if len(wide) == 1 else wide[of[part]]
+        out[part] = np.vecdot(vectors[rows[part]].astype(np.float64), asked)
     return out
 
 

@@ -113,9 +113,9 @@ class ViewSearch:
     def _answer(self, queries: np.ndarray) -> list[list[Found]]:
         """Candidates of all queries go through every step as one array, so that a query of a batch
         does not pay for the steps' overhead."""
-        if len(queries) == 1 and self._searcher is not None and self._whole:
-            if not len(self._fresh) and (found := self._answer_alone(queries, self._searcher)):
-                return [found]
+        plain = self._searcher is not None and self._whole and not len(self._fresh)
+        if plain and len(queries) == 1 and (found := self._answer_alone(queries)):
+            return [found]
         rows, delta, fresh = self._rows, self._view.delta, self._fresh
         of, places = self.candidates(queries)
         scores = exact.score(rows.vectors, queries, of, places)
@@ -132,15 +132,16 @@ class ViewSearch:
             ids, metadata = _Joined(rows.ids, delta.ids), _Joined(rows.metadata, delta.metadata)
         return _ranked(of, places, scores, len(queries), self._k, ids, metadata)
 
-    def _answer_alone(self, query: np.ndarray, searcher: Searcher) -> list[Found]:
+    def _answer_alone(self, query: np.ndarray) -> list[Found]:
         """The answer to [1, D], with nothing between it and the searcher; none when the searcher
         finds too few.
 
         The way of most searches. After a scan the processor's caches hold codes, so that every
         step begins cold: these are as few as can be, and few values are Python's business.
         """
+        assert self._searcher is not None
         k, rows = self._k, self._rows
-        found, scores = searcher.propose(query, self._wanted)
+        found, scores = self._searcher.propose(query, self._wanted)
         places, near = found[0], scores[0].tolist()
         if len(near) <= k:
             return []
@@ -150,10 +151,8 @@ class ViewSearch:
         while last < len(near) and near[last] >= least:
             last += 1
         places = places[:last]
-        negative = (-exact.score(rows.vectors, query, _FIRST, places)).tolist()
-        numbers = places.tolist()
-        named = sorted(zip(negative, map(rows.ids.__getitem__, numbers), numbers, strict=True))
-        return [Found(id, -cosine, rows.metadata[place]) for cosine, id, place in named[:k]]
+        exactly = exact.score(rows.vectors, query, _FIRST, places)
+        return _best(places, exactly, k, rows.ids, rows.metadata)
 
 
 _FIRST = np.zeros(0, np.int64)  # of one query, nothing needs to be told apart
@@ -176,11 +175,13 @@ def _ranked(
     """
     if not len(of):
         return [[] for _ in range(queries)]
+    if queries == 1:
+        return [_best(places, scores, k, ids, metadata)]
     # Nearly all queries have equally many candidates: those are sorted as one block.
     counts = np.bincount(of, minlength=queries)
     width = int(np.bincount(counts).argmax())
     even = counts == width
-    out: list[list[Found]] = [[]] * queries
+    out: list[list[Found]] = [[] for _ in range(queries)]
     apart = np.flatnonzero(~even)
     if width:
         chosen = slice(None) if not len(apart) else even[of]
@@ -209,13 +210,24 @@ def _ranked(
                 out[query] = mine
         if tied.any():
             apart = np.concatenate([apart, np.flatnonzero(even)[tied]])
-    borders = np.concatenate([[0], np.cumsum(counts)])
+    ends = np.cumsum(counts)
     for query in apart.tolist():
-        start, end = borders[query], borders[query + 1]
-        mine = places[start:end].tolist()
-        best = exact.rank(scores[start:end], lambda i, mine=mine: ids[mine[i]], k)
-        out[query] = [Found(id, cosine, metadata[mine[i]]) for i, id, cosine in best]
+        mine = slice(ends[query] - counts[query], ends[query])
+        out[query] = _best(places[mine], scores[mine], k, ids, metadata)
     return out
+
+
+def _best(
+    places: np.ndarray,
+    scores: np.ndarray,
+    k: int,
+    ids: list[str] | _Joined,
+    metadata: Sequence[Metadata] | _Joined,
+) -> list[Found]:
+    """`_ranked` of one query: Python sorts a few faster than NumPy is called."""
+    numbers = places.tolist()
+    named = zip((-scores).tolist(), map(ids.__getitem__, numbers), numbers, strict=True)
+    return [Found(id, -negative, metadata[place]) for negative, id, place in sorted(named)[:k]]
 
 
 class _Joined:
