@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,22 +281,26 @@ def test_threads_that_share_a_batch_change_nothing(kind):
         np.arange(1, count + 1),
         [{"n": i % 2} for i in range(count)],
     )
+    config = IndexConfig(
+        exact_below=count + 1 if kind == "exact" else 1,
+        tree_from=1 if kind == "scann-tree-ah" else count + 1,
+    )
+    built = LiveIndex(rows, sequence=count, config=config)
+    assert built.rebuild().kind == kind
     answers = []
     for threads in (1, 3):
-        config = IndexConfig(
-            exact_below=count + 1 if kind == "exact" else 1,
-            tree_from=1 if kind == "scann-tree-ah" else count + 1,
-            search_threads=threads,
+        live = LiveIndex(
+            sequence=count,
+            config=replace(config, search_threads=threads),
+            generation=built.view.generation,
         )
-        live = LiveIndex(rows, sequence=count, config=config)
-        assert live.rebuild().kind == kind
-        live.apply([Removed(count + 1, rows.ids[3]), Stored(count + 2, "new", asked[0], {"n": 0})])
-        answers.append(
-            [
+        answers.append([])
+        for change in (None, Stored(count + 1, "new", asked[0], {"n": 0})):
+            live.apply([change, Removed(count + 2, rows.ids[3])] if change else [])
+            answers[-1] += [
                 live.search_batch(asked[:queries], 7, condition)
-                for queries in (3, 8, 17, 64, 300)
+                for queries in (3, 17, 32, 64, 300)
                 for condition in (None, Range("n", below=1))
             ]
-        )
     assert answers[0] == answers[1]
-    assert answers[0][0][0][0].id == "new"
+    assert answers[0][-1][0][0].id == "new"
