@@ -97,3 +97,19 @@ def test_the_nearest_are_those_that_a_sort_finds_and_their_ties(count, k):
     for row, mine in enumerate(scores):
         least = np.sort(mine)[-k] - exact.SLACK
         assert sorted(positions[of == row]) == np.flatnonzero(mine >= least).tolist()
+
+
+@pytest.mark.parametrize("counts", [[5, 5, 5], [5, 6, 5, 0, 5], [700], [700, 700], [0, 0, 3], [0]])
+def test_scores_do_not_depend_on_what_else_is_scored(counts):
+    rng = np.random.default_rng(5)
+    vectors, queries = random_units(rng, 900, 33), random_units(rng, len(counts), 33)
+    of = np.repeat(np.arange(len(counts)), counts)
+    rows = rng.integers(0, 900, len(of))
+    truth = (vectors[rows] * queries[of].astype(np.float64)).sum(axis=1)
+    scores = exact.score(vectors, queries, of, rows)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, truth, atol=1e-7)
+    alone = [
+        exact.score(vectors, queries[q : q + 1], of[:1], rows[i : i + 1]) for i, q in enumerate(of)
+    ]
+    assert scores.tolist() == [float(one[0]) for one in alone]

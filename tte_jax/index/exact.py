@@ -13,7 +13,7 @@ SLACK = np.float32(1e-5)
 _GATHER_BELOW = 0.25
 _CHUNK_ROWS = 8192
 # Rows scored at once in float64: their temporaries stay in the cache.
-_SCORED_ROWS = 512
+_SCORED_ROWS = 256
 # Scores that stand in memory at once: 4 MB, which the passes over them find in the cache; and
 # queries that a pass over a large matrix serves at least.
 _MOST_SCORES = 2**20
@@ -93,17 +93,42 @@ def _positions(scores: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def score(vectors: np.ndarray, queries: np.ndarray, of: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[P] float32 cosines of `queries[of]` and `vectors[rows]`, summed in float64 in one fixed
-    order. Where there is one query, `of` is not looked at.
+    order. `of` rises, and is not looked at where there is one query.
 
     Equal vectors get equal scores wherever they stand, which a float32 product does not
     promise; ties are therefore real ties.
     """
-    out = np.empty(len(rows), dtype=np.float32)
     wide = queries.astype(np.float64)
-    for start in range(0, len(rows), _SCORED_ROWS):
-        part = slice(start, start + _SCORED_ROWS)
-        asked = wide[0] if len(wide) == 1 else wide[of[part]]
-        out[part] = np.vecdot(vectors[rows[part]].astype(np.float64), asked)
+    if len(wide) == 1:
+        return _block_scores(vectors, wide, rows[None])[0]
+    if not len(rows):
+        return np.empty(0, dtype=np.float32)
+    # Nearly all queries have equally many rows: then none needs a copy of its query for each.
+    counts = np.bincount(of, minlength=len(wide))
+    width = int(np.bincount(counts[counts > 0]).argmax())
+    even = counts == width
+    if even.all():
+        return _block_scores(vectors, wide, rows.reshape(-1, width)).ravel()
+    out = np.empty(len(rows), dtype=np.float32)
+    mine = even[of]
+    out[mine] = _block_scores(vectors, wide[even], rows[mine].reshape(-1, width)).ravel()
+    rest = np.flatnonzero(~mine)
+    for start in range(0, len(rest), _SCORED_ROWS):
+        part = rest[start : start + _SCORED_ROWS]
+        out[part] = np.vecdot(vectors[rows[part]].astype(np.float64), wide[of[part]])
+    return out
+
+
+def _block_scores(vectors: np.ndarray, wide: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[Q, C] float32: `score` of the [Q, C] rows with [Q, D] float64 queries."""
+    out = np.empty(rows.shape, dtype=np.float32)
+    queries, width = rows.shape
+    at_once = max(1, _SCORED_ROWS // max(1, width))
+    for start in range(0, queries, at_once):
+        asked = wide[start : start + at_once, None]
+        for left in range(0, width, _SCORED_ROWS):
+            part = slice(start, start + at_once), slice(left, left + _SCORED_ROWS)
+            out[part] = np.vecdot(vectors[rows[part]].astype(np.float64), asked)
     return out
 
 
