@@ -141,7 +141,8 @@ def forward_ms(
     """Median milliseconds of the embedder's program, "wall" and "cpu" (all threads)."""
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 500, (rows, tokens)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens), (rows, 3, tokens))
-    arguments = (ids, positions, jnp.full((rows,), tokens), None, None)
+    one_a_row = jnp.ones((rows, tokens), jnp.int32), jnp.full((rows, 1), tokens - 1)
+    arguments = (ids, positions, *one_a_row, None, None)
     embed = {
         name: jax.jit(programs.embed).lower(module, *arguments).compile()
         for name, module in modules.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 
 from tte_jax.content import Usage
 from tte_jax.engine import programs
-from tte_jax.engine.batcher import Batcher, Entry, RequestQueue
-from tte_jax.engine.buckets import cheapest, longest, smallest
-from tte_jax.engine.inputs import ModelInput, model_input, pad_rows, place_features
+from tte_jax.engine.batcher import Batcher, Entry, RequestQueue, Room
+from tte_jax.engine.buckets import longest, smallest
+from tte_jax.engine.inputs import ModelInput, model_input, pack_rows, place_features
+from tte_jax.engine.packing import PackedBatch, Rows, most_sequences, plan_packed, widest
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
 from tte_jax.engine.vision import VisionEncoder
@@ -43,7 +44,7 @@ class Embedded:
 
 
 class Embedder(Role):
-    """Pools the last token of content + ECR; inputs of about the same length run together."""
+    """Pools the last token of content + ECR; inputs of any lengths share the rows of a batch."""
 
     name = "embedder"
     stage = "embed"
@@ -73,7 +74,8 @@ class Embedder(Role):
                 programs.embed,
                 lay.rows(jnp.int32, rows, tokens),
                 lay.rows(jnp.int32, rows, 3, tokens),
-                lay.rows(jnp.int32, rows),
+                lay.rows(jnp.int32, rows, tokens),
+                lay.rows(jnp.int32, rows, most_sequences(tokens)),
                 lay.whole(self._dtype, rows * tokens, config.feature_size) if vision else None,
                 lay.rows(jnp.int32, rows, tokens) if vision else None,
                 tokens=rows * tokens,
@@ -151,20 +153,15 @@ class Embedder(Role):
           OverloadedError, UnavailableError: as `RequestQueue.put`, and before warm-up.
         """
         self.require_ready()
-        entries = []
-        for job in jobs:
-            one = job.input
-            tokens = smallest(one.tokens, (t for _, t in self._shapes), what="the content")
-            entries.append(
-                Entry(
-                    one,
-                    cost=one.tokens,
-                    group=tokens,
-                    max_batch=max(b for b, t in self._shapes if t == tokens),
-                    deadline=deadline,
-                    background=job.background,
-                )
+        entries = [
+            Entry(
+                job.input,
+                cost=job.input.tokens,
+                deadline=deadline,
+                background=job.background,
             )
+            for job in jobs
+        ]
         if entries:
             self.queue.put(entries, wait=wait)
         return [e.future for e in entries]
@@ -194,44 +191,65 @@ class Embedder(Role):
                 limit=self.dimension,
             )
 
+    def _room(self, oldest: Entry) -> Room:
+        """The rows of the batch that the oldest entry opens; most tokens, if it fits them."""
+        rows = Rows(widest(oldest.payload.tokens, self._shapes))
+        return lambda entry: rows.add(entry.payload.tokens) is not None
+
     def _run_batch(self, entries: list[Entry]) -> list[Any]:
+        out: list[Any] = [None] * len(entries)
+        for batch in plan_packed([e.payload.tokens for e in entries], self._shapes):
+            for index, result in self._run_packed(entries, batch):
+                out[index] = result
+        return out
+
+    def _run_packed(
+        self, entries: Sequence[Entry], batch: PackedBatch
+    ) -> Iterator[tuple[int, Embedded | InternalError]]:
+        """The results of a batch, with the index of each entry."""
         start = time.monotonic()
-        inputs: list[ModelInput] = [e.payload for e in entries]
-        rows, tokens = cheapest(len(inputs), entries[0].group, self._shapes)
-        if rows < len(inputs):
-            return [*self._run_batch(entries[:rows]), *self._run_batch(entries[rows:])]
-        ids, positions, n = pad_rows(inputs, (rows, tokens))
+        shape, places = batch.shape, batch.places
+        mine = [entries[place.index] for place in places]
+        inputs: list[ModelInput] = [entry.payload for entry in mine]
+        packed = pack_rows([entry.payload for entry in entries], batch)
         vis = vis_idx = None
         known: set[str] = set()
         if self.vision is not None:
             features, known = self.vision.features(i for one in inputs for i in one.images)
             vis, vis_idx = place_features(
                 inputs,
-                (rows, tokens),
+                shape,
                 features,
                 width=self.served.config.feature_size,
                 dtype=self._dtype,
+                starts=[(place.row, place.start) for place in places],
             )
-        z = np.asarray(self.table.run("embed", (rows, tokens), ids, positions, n, vis, vis_idx))
+        z = np.asarray(self.table.run("embed", shape, *packed, vis, vis_idx))
         spent = time.monotonic() - start
         stats = self.queue.stats
-        stats.ran((rows, tokens), entries, sum(one.tokens for one in inputs))
+        stats.ran(shape, mine, sum(one.tokens for one in inputs), used=batch.rows)
         merged = self.served.config.vision.merged if self.served.config.vision else 1
-        out: list[Any] = []
-        for row, (entry, one) in enumerate(zip(entries, inputs, strict=True)):
-            if not np.isfinite(z[row]).all():
-                out.append(
-                    InternalError("the embedder produced a vector that is not finite", reason="NAN")
+        for place, entry, one in zip(places, mine, inputs, strict=True):
+            vector = z[place.row, place.number]
+            if not np.isfinite(vector).all():
+                yield (
+                    place.index,
+                    InternalError(
+                        "the embedder produced a vector that is not finite", reason="NAN"
+                    ),
                 )
                 continue
             cached = sum(len(i.patches) // merged for i in one.images if i.key in known)
             stats.cached_tokens += cached
-            out.append(Embedded(z[row].copy(), one.tokens, cached, entry.queue_s, spent))
-        return out
+            result = Embedded(vector.copy(), one.tokens, cached, entry.queue_s, spent)
+            yield place.index, result
 
     def _start(self) -> None:
         self._batcher = Batcher(
-            self._run_batch, max_batch=max(b for b, _ in self._shapes), queue=self.queue
+            self._run_batch,
+            max_batch=max(b * most_sequences(t) for b, t in self._shapes),
+            room=self._room,
+            queue=self.queue,
         )
 
     def _stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from benchmarks.engine import reference
 from benchmarks.engine.rounds import interleave, ratio, row, spread
 from tte_jax.builtin import openmoji
 from tte_jax.content import Content, Side
-from tte_jax.embedder import Embedder
+from tte_jax.embedder import Embedder, EmbedJob
+from tte_jax.engine.inputs import model_input
+from tte_jax.engine.role import results
 from tte_jax.stages import EmbedItem
 
 BATCHES = (4, 8, 16, 32)
@@ -47,7 +50,10 @@ def picture(rng: np.random.Generator, side: int) -> bytes:
 
 
 def compare(directory: Path, *, count: int, rounds: int, largest: int) -> dict[str, Any]:
-    """Throughput of both sides on the same prompts; features are computed anew in each round."""
+    """Throughput of both sides from the same prompts: texts as token ids, pictures as patches.
+
+    Positions, batches, features and vectors are made anew in each round.
+    """
     items = inputs(count, largest=largest)
     torch = reference.VisionLanguage.from_dir(directory)
     with Embedder.from_pretrained(directory) as embedder:
@@ -57,17 +63,25 @@ def compare(directory: Path, *, count: int, rounds: int, largest: int) -> dict[s
         def ours() -> np.ndarray:
             assert embedder.vision is not None
             embedder.vision.cache.clear()
-            return embedder.embed(items)
+            jobs = [EmbedJob(model_input(p, embedder.served.config)) for p in prompts]
+            return embedder.collect(results(embedder.submit(jobs, wait=True)))[0]
+
+        embedder.warmup()
 
         sample = prompts[: max(count // 4, 8)]
         tried = interleave({str(b): _run(torch, sample, b) for b in BATCHES}, 1)
         best = min(BATCHES, key=lambda b: min(tried[str(b)]))
         deviation = float(np.abs(ours() - torch.embed(prompts, best)).max())
+        before = replace(embedder.queue.stats)
         seconds = interleave({"ours": ours, "torch": _run(torch, prompts, best)}, rounds)
+        after = embedder.queue.stats
+        places = after.token_places - before.token_places
     return {
         "inputs": count,
         "tokens": {"mean": round(float(tokens.mean()), 1), "most": int(tokens.max())},
         "torch_batch": best,
+        "pad_share": round(1 - (after.tokens - before.tokens) / places, 3),
+        "batches": round((after.batches - before.batches) / (rounds + 1), 1),
         "largest_deviation": deviation,
         "seconds": {name: spread(s) for name, s in seconds.items()},
         "rows": [

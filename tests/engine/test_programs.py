@@ -157,25 +157,93 @@ def test_score_with_a_shared_prefix_equals_whole_sequences(text):
     assert np.ptp(np.asarray(scores)) > 1e-3  # the candidates do differ
 
 
+embed = jax.jit(programs.embed)
+
+
+def embedded(model, ids, positions, n, vis=None, vis_idx=None):
+    """[B D], each row one sequence of n tokens."""
+    segments = (np.arange(ids.shape[1])[None] < n[:, None]).astype(np.int32)
+    z = embed(model, ids, positions, segments, n[:, None] - 1, vis, vis_idx)
+    return np.asarray(z)[:, 0]
+
+
 def test_garbage_in_pads_changes_no_embedding(vl):
     ids, positions, n = rows_of([5, 3], 8)
     vis = np.random.default_rng(5).normal(size=(16, 64)).astype(np.float32)
     vis_idx = np.full((2, 8), -1, np.int32)
     vis_idx[0, 1:3] = [1, 2]
-    embed = jax.jit(programs.embed)
-    clean = embed(vl, ids, positions, n, vis, vis_idx)
+    clean = embedded(vl, ids, positions, n, vis, vis_idx)
     padded = np.arange(8)[None] >= n[:, None]
     dirty_ids = np.where(padded, 499, ids)
     dirty_positions = np.where(padded[:, None], 77, positions)
     dirty_idx = np.where(padded, 9, vis_idx)
     dirty_vis = vis.copy()
     dirty_vis[9] = 1e6
-    dirty = embed(vl, dirty_ids, dirty_positions, n, dirty_vis, dirty_idx)
-    np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
+    dirty = embedded(vl, dirty_ids, dirty_positions, n, dirty_vis, dirty_idx)
+    np.testing.assert_array_equal(clean, dirty)
     np.testing.assert_allclose(np.linalg.norm(clean, axis=1), 1.0, atol=1e-6)
-    other = embed(vl, ids, positions, n, vis * 2, vis_idx)
-    assert np.abs(np.asarray(other[0] - clean[0])).max() > 1e-3  # images do count
-    np.testing.assert_array_equal(np.asarray(other[1]), np.asarray(clean[1]))
+    other = embedded(vl, ids, positions, n, vis * 2, vis_idx)
+    assert np.abs(other[0] - clean[0]).max() > 1e-3  # images do count
+    np.testing.assert_array_equal(other[1], clean[1])
+
+
+def test_few_places_have_the_states_of_the_whole(vl):
+    ids, positions, n = rows_of([8, 6], 8)
+    valid = np.arange(8)[None] < n[:, None]
+    at = np.int32([[7, 2, 0], [5, 5, 1]])
+
+    @jax.jit
+    def run(model):
+        forward = partial(model.forward, ids, valid=valid, positions=positions)
+        return forward(), forward(at=at)
+
+    (hidden, (k, v)), (few, (k_few, v_few)) = run(vl)
+    np.testing.assert_allclose(few, np.asarray(hidden)[np.arange(2)[:, None], at], atol=1e-5)
+    np.testing.assert_allclose(k_few, k, atol=1e-5)
+    np.testing.assert_allclose(v_few, v, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_sequence_in_a_shared_row_is_the_same_to_the_bit_wherever_it_stands(vl, apart):
+    """Its embedding alone at the beginning, and between random others at every place."""
+    model, rng, tokens = vl.apart() if apart else vl, np.random.default_rng(3), 96
+    length = 41
+    own = rng.integers(10, 400, length).astype(np.int32)
+
+    def row(start: int, alone: bool) -> np.ndarray:
+        ids = rng.integers(10, 400, (1, tokens)).astype(np.int32)
+        segments = np.ones((1, tokens), np.int32)
+        segments[0, start + length :] = 3
+        if alone:
+            ids[:], segments[:] = 0, 0
+        positions = rng.integers(0, 40, (1, 3, tokens)).astype(np.int32)
+        ids[0, start : start + length] = own
+        segments[0, start : start + length] = 2
+        positions[0, :, start : start + length] = np.arange(length)
+        ends = np.zeros((1, 6), np.int32)
+        at = int(rng.integers(6))
+        ends[0, at] = start + length - 1
+        return np.asarray(embed(model, ids, positions, segments, ends, None, None))[0, at]
+
+    alone = row(0, alone=True)
+    for start in range(tokens - length + 1):
+        np.testing.assert_array_equal(row(start, alone=False), alone, err_msg=str(start))
+
+
+def test_what_is_no_number_stays_in_its_sequence(vl):
+    ids, positions, _ = rows_of([24], 24)
+    segments = np.repeat(np.int32([[1, 2, 3]]), 8, axis=1)
+    ends = np.int32([[7, 15, 23]])
+    vis = np.random.default_rng(5).normal(size=(4, 64)).astype(np.float32)
+    vis_idx = np.full((1, 24), -1, np.int32)
+    vis_idx[0, [2, 10, 18]] = [0, 1, 2]
+    clean = np.asarray(embed(vl, ids, positions, segments, ends, vis, vis_idx))[0]
+    for broken in (np.nan, np.inf):
+        spoilt = vis.copy()
+        spoilt[1, 5] = broken
+        z = np.asarray(embed(vl, ids, positions, segments, ends, spoilt, vis_idx))[0]
+        np.testing.assert_array_equal(z[[0, 2]], clean[[0, 2]])
+        assert np.isnan(z[1]).all()
 
 
 advance = jax.jit(partial(programs.advance, stops=STOPS))

@@ -115,11 +115,11 @@ def test_counters_tell_inputs_and_padding_apart(embedder):
     before = replace(embedder.queue.stats)
     embedder.embed(items)
     after = embedder.queue.stats
-    assert after.rows - before.rows == 3
     assert after.tokens - before.tokens == 3 * tokens
-    # Three short texts fit one batch of 4 x 32; they may also have been taken one by one.
+    # Three short texts share two rows of a batch of 4 x 32; they may also have been taken apart.
     batches = after.batches - before.batches
     assert 1 <= batches <= 3
+    assert batches <= after.rows - before.rows <= 3
     assert after.row_places - before.row_places == 4 * batches
     assert after.token_places - before.token_places == 128 * batches
     assert 0 < after.batch_fill <= 1 and 0 < after.pad_share < 1

@@ -4,6 +4,9 @@
 whose caller has gone is dropped before any device work. `Batcher` is a queue with a thread that
 runs batches of it; `tte_jax.engine.slots` puts the same queue in front of the decode loop.
 
+What runs together is up to a `Room`: the oldest entry opens one, and the others of its lane come in
+while they fit.
+
 Queries and documents wait in lanes of their own, because a corpus on its way in keeps thousands of
 documents waiting and a person waits for each query.
 
@@ -36,6 +39,10 @@ log = logging.getLogger(__name__)
 
 QUERY_TURNS = 3
 """While both lanes wait, queries are taken so many times in a row, then documents once."""
+
+
+Room = Callable[["Entry"], bool]
+"""Takes an entry in, or says that there is no room for it."""
 
 
 @dataclass(eq=False)
@@ -78,10 +85,11 @@ class QueueStats:
     """Counters since the start; a reader may see them one entry late.
 
     Attributes:
-      batches, rows, tokens: programs that ran on waiting inputs, and what they were given.
+      batches, rows, tokens: programs that ran on waiting inputs, and what they were given: rows
+        with something in them, and real tokens.
       row_places, token_places: what these programs had room for; the rest was padding.
       cached_tokens: tokens whose work a cache saved (vision features, shared prefixes).
-      queue_s: seconds that the rows had waited, in all.
+      queue_s: seconds that the inputs had waited, in all.
     """
 
     admitted: int = 0
@@ -99,16 +107,23 @@ class QueueStats:
     queue_s: float = 0.0
 
     def ran(
-        self, shape: tuple[int, int], entries: Sequence[Entry], tokens: int, *, again: int = 0
+        self,
+        shape: tuple[int, int],
+        entries: Sequence[Entry],
+        tokens: int,
+        *,
+        again: int = 0,
+        used: int | None = None,
     ) -> None:
         """Counts a batch of `entries` with `tokens` real tokens, run as `shape` (rows, tokens).
 
         Args:
           again: further rows, with the next piece of entries that were counted before.
+          used: rows that had something in them, where entries share rows.
         """
         rows, length = shape
         self.batches += 1
-        self.rows += len(entries) + again
+        self.rows += len(entries) + again if used is None else used
         self.row_places += rows
         self.tokens += tokens
         self.token_places += rows * length
@@ -236,10 +251,15 @@ class RequestQueue:
         max_cost: int | None = None,
         block: bool = True,
         same_group: bool = True,
+        room: Callable[[Entry], Room] | None = None,
     ) -> list[Entry]:
         """The oldest live entry of one lane and those of it that may run with it, in order.
 
         Documents never join a batch of queries: a query pays for all rows that run with it.
+
+        Args:
+          room: makes the room of a batch for its oldest entry, which is taken in any case; further
+            ones must also fit into it.
 
         Returns an empty list when nothing waits (`block=False`) or the queue was closed.
         """
@@ -256,12 +276,17 @@ class RequestQueue:
             rest: deque[Entry] = deque()
             if lane.entries and (most := lane.entries[0].max_batch) is not None:
                 max_entries = min(max_entries, most)
+            enter: Room | None = None
+            if lane.entries and room is not None:
+                enter = room(lane.entries[0])
+                enter(lane.entries[0])
             for entry in lane.entries:
                 fits = len(taken) < max_entries and (
                     not taken
                     or (
                         (not same_group or entry.group == taken[0].group)
                         and (max_cost is None or cost + entry.cost <= max_cost)
+                        and (enter is None or enter(entry))
                     )
                 )
                 if fits:
@@ -360,12 +385,14 @@ class Batcher:
         *,
         max_batch: int,
         max_batch_cost: int | None = None,
+        room: Callable[[Entry], Room] | None = None,
         queue: RequestQueue | None = None,
         name: str = "device",
     ) -> None:
         self._run = run
         self._max_batch = max_batch
         self._max_batch_cost = max_batch_cost
+        self._room = room
         self.queue = RequestQueue() if queue is None else queue
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -401,7 +428,7 @@ class Batcher:
         while True:
             try:
                 entries = self.queue.take(
-                    max_entries=self._max_batch, max_cost=self._max_batch_cost
+                    max_entries=self._max_batch, max_cost=self._max_batch_cost, room=self._room
                 )
                 if not entries:
                     if self.queue.closed:

@@ -33,7 +33,8 @@ class Buckets:
         slots. The largest T is the chunk: longer prompts are read chunk by chunk, decoding in
         between, and prompts that begin with a kept prefix are read from its end. Empty = neither:
         every prompt is read whole.
-      embed: (b, T): b whole sequences of at most T tokens.
+      embed: (b, T): b rows of T tokens, in each of which whole sequences stand one behind the
+        other; the largest T is also the longest sequence.
       prefix: S: tokens of a shared prefix: one query of the reranker; what many prompts of a
         reasoner with `append` begin with.
       score: (N, T): N candidates of at most T tokens behind one prefix.
@@ -106,7 +107,7 @@ class Buckets:
 MINI = Buckets(
     images=((1, 64), (8, 64)),
     prefill=((1, 64), (16, 64), (4, 128)),
-    embed=((1, 128), (16, 128), (2, 256)),
+    embed=((1, 64), (1, 128), (8, 128), (1, 256)),
     prefix=(128,),
     score=((16, 64), (16, 128)),
 )
@@ -116,7 +117,7 @@ FULL = Buckets(
     images=((1, 1024), (4, 1024), (1, 4096)),
     prefill=((1, 512), (4, 512)),
     append=((1, 128, 512), (4, 128, 512), (1, 512, 512), (1, 512, 1536)),
-    embed=((1, 512), (8, 1024), (2, 2560)),
+    embed=((1, 512), (2, 1024), (8, 1024), (1, 2560)),
     prefix=(512, 1024),
     score=((16, 512), (8, 1024)),
     decode=((1, 1024), (4, 1024), (16, 1024)),

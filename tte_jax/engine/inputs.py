@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tte_jax.engine.packing import PackedBatch, most_sequences
 from tte_jax.errors import InternalError, UnsupportedError
 from tte_jax.models.config import ModelConfig, WindowedVisionConfig
 from tte_jax.preprocess.patches import Grid
@@ -145,6 +146,30 @@ def pad_rows(
     return ids, positions, n
 
 
+def pack_rows(
+    inputs: Sequence[ModelInput], batch: PackedBatch
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Arrays of a bucket whose rows hold several inputs each.
+
+    Returns:
+      ids [B, T] int32, positions [B, 3, T] int32, segments [B, T] int32 (from 1; 0 = padding),
+      ends [B, J] int32 (the place of each sequence's last token; 0 where there is none).
+    """
+    rows, tokens = batch.shape
+    ids = np.zeros((rows, tokens), np.int32)
+    positions = np.zeros((rows, 3, tokens), np.int32)
+    segments = np.zeros((rows, tokens), np.int32)
+    ends = np.zeros((rows, most_sequences(tokens)), np.int32)
+    for place in batch.places:
+        one = inputs[place.index]
+        part = slice(place.start, place.start + one.tokens)
+        ids[place.row, part] = one.ids
+        positions[place.row, :, part] = one.positions
+        segments[place.row, part] = place.number + 1
+        ends[place.row, place.number] = part.stop - 1
+    return ids, positions, segments, ends
+
+
 def place_features(
     inputs: Sequence[ModelInput],
     shape: tuple[int, int],
@@ -152,6 +177,7 @@ def place_features(
     *,
     width: int,
     dtype: np.dtype,
+    starts: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The feature table and the index into it.
 
@@ -160,6 +186,7 @@ def place_features(
 
     Args:
       features: [v, D] of each image key.
+      starts: (row, first token) of each input; None = each begins a row of its own.
 
     Returns:
       vis [B*T, D] of `dtype`, vis_idx [B, T] int32 (-1 at text).
@@ -167,10 +194,12 @@ def place_features(
     rows, tokens = shape
     vis = np.zeros((rows * tokens, width), dtype)
     vis_idx = np.full((rows, tokens), -1, np.int32)
-    for row, one in enumerate(inputs):
+    for (row, start), one in zip(
+        starts or [(i, 0) for i in range(len(inputs))], inputs, strict=True
+    ):
         if not one.images:
             continue
-        places = np.flatnonzero(one.is_media)
+        places = start + np.flatnonzero(one.is_media)
         table = np.concatenate([features[image.key] for image in one.images])
         table = table[one.clipped[0] : len(table) - one.clipped[1]]
         if len(table) != len(places):

@@ -107,20 +107,37 @@ def embed(
     model: MultimodalLM,
     ids: Int[Array, "B T"],
     positions: Int[Array, "B 3 T"],
-    n: Int[Array, " B"],
+    segments: Int[Array, "B T"],
+    ends: Int[Array, "B J"],
     vis: Float[Array, "V D"] | None,
     vis_idx: Int[Array, "B T"] | None,
-) -> Float[Array, "B D"]:
-    """Hidden state of each row's last real token, L2-normalised in float32."""
+) -> Float[Array, "B J D"]:
+    """Hidden states of the last tokens of sequences that share rows, L2-normalised in float32.
+
+    Args:
+      segments: the sequence of its row that a token belongs to, from 1; 0 = padding.
+      ends: the place of each sequence's last token; any place where there is none.
+    """
     hidden, _ = model.forward(
-        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
+        ids,
+        valid=segments > 0,
+        positions=positions,
+        vis=vis,
+        vis_idx=vis_idx,
+        segments=segments,
+        at=ends,
     )
-    return pooled(hidden, n)
+    return normalised(hidden)
 
 
 def pooled(hidden: Float[Array, "B T D"], n: Int[Array, " B"]) -> Float[Array, "B D"]:
     """The embedding of each row of `n` real tokens: its last one, L2-normalised in float32."""
-    z = _last(hidden, n).astype(jnp.float32)
+    return normalised(_last(hidden, n))
+
+
+def normalised(z: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """L2-normalised in float32."""
+    z = z.astype(jnp.float32)
     return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
 

@@ -32,7 +32,7 @@ class MultimodalLM(nnx.Module):
     """Parameters and pure calls; holds no state. A plain pytree under `jax.jit`."""
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32
     ) -> None:
         self.config = config
         self.text = TextDecoder(config.text, rngs=rngs, dtype=dtype)
@@ -75,6 +75,8 @@ class MultimodalLM(nnx.Module):
         vis_idx: Int[Array, "B T"] | None = None,
         prefix: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        at: Int[Array, "B J"] | None = None,
         remat: bool = False,
         unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
@@ -89,6 +91,8 @@ class MultimodalLM(nnx.Module):
           vis_idx: row of `vis` for each token, -1 at text.
           prefix: cache of earlier tokens.
           mask: which new token sees which; None = causal over the valid ones.
+          segments: the sequence of each token where several share a row, see `TextDecoder`.
+          at: the few places whose hidden states are wanted; the result then is [B J D].
           remat: trade compute for memory in the backward pass.
           unroll: compile every layer apart; a backward pass on CPU is a sixth faster.
         """
@@ -106,7 +110,9 @@ class MultimodalLM(nnx.Module):
             valid=valid,
             prefix=prefix,
             mask=mask,
+            segments=segments,
             deep=deep,
+            at=at,
             remat=remat,
             unroll=unroll,
         )

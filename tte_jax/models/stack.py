@@ -73,12 +73,20 @@ def part(weights: Weights | list[Weights], begin: int, end: int) -> Weights | li
     return jax.tree.map(lambda w: w[begin:end], weights)
 
 
+def one_of(weights: Weights | list[Weights], index: int) -> Weights:
+    """A single layer's weights."""
+    if isinstance(weights, list):
+        return weights[index]
+    return jax.tree.map(lambda w: w[index], weights)
+
+
 def run_layers(
     layer: Callable[[C, tuple[Weights, Any]], tuple[C, Any]],
     carry: C,
     weights: Weights | list[Weights],
     more: Any = None,
     *,
+    count: int | None = None,
     unroll: bool = False,
 ) -> tuple[C, Any]:
     """`jax.lax.scan` over layers, or a loop over layers that stand apart.
@@ -86,13 +94,25 @@ def run_layers(
     Args:
       layer: (carry, (its weights, its part of `more`)) → (carry, output).
       more: pytree of arrays with a leading L, such as caches.
+      count: run the first so many layers only; None = all.
       unroll: of the scan; compiles every layer by itself.
 
     Returns:
       The last carry, and the outputs behind a leading L.
     """
     if isinstance(weights, dict):
-        return jax.lax.scan(layer, carry, (weights, more), unroll=unroll)
+        if count is None:
+            return jax.lax.scan(layer, carry, (weights, more), unroll=unroll)
+
+        # Read by number: a stack that was cut before the scan would be copied for every call.
+        def numbered(carry: C, i: jax.Array) -> tuple[C, Any]:
+            mine = jax.tree.map(
+                lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), (weights, more)
+            )
+            return layer(carry, mine)
+
+        return jax.lax.scan(numbered, carry, jnp.arange(count), unroll=unroll)
+    weights = weights[:count]
     outputs = []
     for i, one in enumerate(weights):
         mine = jax.tree.map(lambda x, i=i: x[i], more)

@@ -6,7 +6,9 @@ has a dozen leaves whatever its depth (dispatch cost is per leaf) and compiles o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
 from tte_jax.models.initial import Initial
-from tte_jax.models.stack import Stack, run_layers
+from tte_jax.models.stack import Stack, one_of, run_layers
 from tte_jax.nn.attention import Prefix, attend
 from tte_jax.nn.linear import columns, lookup, project
 from tte_jax.nn.norms import rms_norm
+from tte_jax.nn.places import at_places
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
 
 
@@ -41,7 +44,7 @@ class KVCache:
 class DecoderLayers(Stack):
     """The stacked layers' weights. Names end in their dimensions, after the leading L."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype) -> None:
         c, new = config, Initial(rngs, dtype, (config.layers,))
         self.attn_norm_d = new.ones(c.hidden_size)
         self.q_dnh = new.normal(c.hidden_size, c.heads, c.head_dim)
@@ -65,7 +68,7 @@ class TextDecoder(nnx.Module):
     """Embedding table, stacked layers, final norm and output head."""
 
     def __init__(
-        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self, config: TextConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32
     ) -> None:
         self.config = config
         shape, new = (config.vocab_size, config.hidden_size), Initial(rngs, dtype)
@@ -87,7 +90,9 @@ class TextDecoder(nnx.Module):
         valid: Bool[Array, "B T"],
         prefix: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
         deep: Float[Array, "K B T D"] | None = None,
+        at: Int[Array, "B J"] | None = None,
         remat: bool = False,
         unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
@@ -99,7 +104,12 @@ class TextDecoder(nnx.Module):
           valid: False at padding, which may stand on either side or anywhere between.
           prefix: earlier tokens that every new token may look at.
           mask: which new token sees which; None = causal over the valid ones.
+          segments: where several sequences share a row, the one that each token belongs to;
+            tokens see those of their own only, and a sequence's result is the same to the bit
+            wherever it stands. Not beside `prefix`.
           deep: what is added after each of the first K layers (DeepStack; 0 at text).
+          at: the places whose states are wanted, when these are few: of the last layer, only
+            keys and values are computed for the others. The result then is [B J D].
           remat: recompute layers in the backward pass instead of keeping their activations.
           unroll: compile every layer apart; a backward pass on CPU is a sixth faster.
 
@@ -112,24 +122,30 @@ class TextDecoder(nnx.Module):
         length = x.shape[1]
         if mask is None:
             mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+        if segments is not None:
+            mask = mask & (segments[:, :, None] == segments[:, None, :])
         if prefix is not None:
             places = jnp.arange(prefix.k.shape[2])
             prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]
 
-        def layer(x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
+        def layer(
+            x: Array, scanned: tuple, only: Callable[[Array], Array] = lambda x: x
+        ) -> tuple[Array, tuple[Array, Array]]:
             w, (earlier, index) = scanned
             h = rms_norm(x, w["attn_norm_d"], c.rms_eps)
-            q = project("btd,dnh->btnh", h, w["q_dnh"])
             k = project("btd,dkh->btkh", h, w["k_dkh"])
             v = project("btd,dkh->btkh", h, w["v_dkh"])
+            x, h = only(x), only(h)
+            q = project("btd,dnh->btnh", h, w["q_dnh"])
             if c.qkv_bias:
                 q, k, v = q + w["q_bias_nh"], k + w["k_bias_kh"], v + w["v_bias_kh"]
             if c.qk_norm:
                 q = rms_norm(q, w["q_norm_h"], c.rms_eps)
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, only(cos), only(sin)), rotate(k, cos, sin)
             before = None if earlier is None else Prefix(earlier[0], earlier[1], prefix_mask)
-            out = attend(q, k, v, mask=mask, prefix=before)
+            packed = segments is not None
+            out = attend(q, k, v, mask=only(mask), prefix=before, packed=packed)
             x = x + project("btnh,nhd->btd", out, w["o_nhd"])
             h = rms_norm(x, w["mlp_norm_d"], c.rms_eps)
             gate = jax.nn.silu(project("btd,df->btf", h, w["gate_df"]))
@@ -137,13 +153,21 @@ class TextDecoder(nnx.Module):
             x = x + project("btf,fd->btd", inner, w["down_fd"])
             if deep is not None:
                 more = jax.lax.dynamic_index_in_dim(deep, index, keepdims=False)
-                x = x + jnp.where(index < len(deep), more, 0)
+                x = x + jnp.where(index < len(deep), only(more), 0)
             return x, (k, v)
 
         body = jax.checkpoint(layer) if remat else layer
         earlier = None if prefix is None else (prefix.k, prefix.v)
         index = None if deep is None else jnp.arange(c.layers)
-        x, kv = run_layers(body, x, self.layers.weights(), (earlier, index), unroll=unroll)
+        weights, more = self.layers.weights(), (earlier, index)
+        if at is None:
+            x, kv = run_layers(body, x, weights, more, unroll=unroll)
+        else:
+            last = c.layers - 1
+            x, kv = run_layers(body, x, weights, more, count=last, unroll=unroll)
+            scanned = one_of(weights, last), jax.tree.map(lambda m: m[last], more)
+            x, own = layer(x, scanned, partial(at_places, places=at))
+            kv = jax.tree.map(lambda m, one: jnp.concatenate([m, one[None]]), kv, own)
         return rms_norm(x, self.norm_d[...], c.rms_eps), kv
 
     def head(self) -> Float[Array, "D V"]:

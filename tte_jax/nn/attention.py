@@ -37,6 +37,7 @@ def attend(
     mask: Bool[Array, "#B #T S"],
     prefix: Prefix | None = None,
     scale: float | None = None,
+    packed: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32 over `prefix` and the new keys together.
 
@@ -55,6 +56,9 @@ def attend(
       mask: True where the query may look.
       prefix: earlier keys and values, or None.
       scale: factor on the logits; default 1/sqrt(H).
+      packed: rows hold several sequences, which `mask` keeps apart; not with `prefix`. A result is
+        then the same to the bit wherever its keys stand in the row and whatever stands beside
+        them, NaN included.
 
     Returns:
       The attended values in q's dtype.
@@ -70,8 +74,13 @@ def attend(
     groups = heads // kv_heads
     factor = size**-0.5 if scale is None else scale
     q_btkgh = (q * factor).reshape(batch, length, kv_heads, groups, size)
+    if packed:
+        k, v = _contained(k, v)
     logits = _logits(q_btkgh, k, mask)
-    if prefix is None:
+    if packed:
+        assert prefix is None, "packed rows have no prefix"
+        out = _apart(logits, v).astype(v.dtype)
+    elif prefix is None:
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     else:
@@ -85,6 +94,33 @@ def attend(
         else:
             out += jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], prefix.v)
     return out.reshape(batch, length, heads, size)
+
+
+def _contained(k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values whose NaN and infinities reach those who may look at them, and nobody else.
+
+    A masked value has weight 0, but 0 * NaN is NaN. So such a value becomes 0 and its key NaN: a
+    masked key's logit is replaced, and a visible one makes the result NaN.
+    """
+    finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
+
+
+def _apart(logits: Float[Array, "B K G T S"], v: Array) -> Float[Array, "B T K G H"]:
+    """Softmax and the sum of values, with the weights summed by the same product as the values.
+
+    A product adds key after key, so that masked ones add exact zeros and change no bit; the sum of
+    a softmax is cut into vectors and blocks, and its rounding depends on where the keys stand.
+    """
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(v.dtype)
+    one = jnp.ones_like(v[..., :1])
+    out = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights,
+        jnp.concatenate([v, one], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
+    return out[..., :-1] / out[..., -1:]
 
 
 def _for_each_query(kv: Array, q: Array) -> Array:
