@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 
 from tte_jax.engine.layout import ONE_DEVICE, Layout
+from tte_jax.engine.stored import StoredPrograms
 from tte_jax.errors import InternalError, PreconditionError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
 
@@ -43,6 +44,7 @@ class _CompileCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._mine = threading.local()
         self.count = 0
         self.cache_hits = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
@@ -53,13 +55,26 @@ class _CompileCounter:
             with self._lock:
                 self.count += 1
 
+    def loaded(self) -> None:
+        """A program came from `StoredPrograms`, of which JAX knows nothing."""
+        with self._lock:
+            self.count += 1
+            self.cache_hits += 1
+
     def _on_event(self, event: str, **_: Any) -> None:
         if event == "/jax/compilation_cache/cache_hits":
+            self._mine.hits = self.hits_here + 1
             with self._lock:
                 self.cache_hits += 1
 
+    @property
+    def hits_here(self) -> int:
+        """Compilations of the calling thread that JAX's cache answered."""
+        return getattr(self._mine, "hits", 0)
+
 
 _counter = _CompileCounter()
+_stored: StoredPrograms | None = None
 
 
 def backend_compiles() -> int:
@@ -68,7 +83,7 @@ def backend_compiles() -> int:
 
 
 def compile_cache_hits() -> int:
-    """How many of `backend_compiles` were read from the persistent cache."""
+    """How many of `backend_compiles` were read from the disk."""
     return _counter.cache_hits
 
 
@@ -94,6 +109,8 @@ def enable_compile_cache(directory: str | Path) -> Path:
             f"compile cache {path}: others can write there, and its files are executed; "
             f"run `chmod go-w {path}` or name another directory"
         )
+    global _stored
+    _stored = StoredPrograms(path / "programs")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -102,17 +119,20 @@ def enable_compile_cache(directory: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """A model as flat leaves, and the way back."""
+    """A model as flat leaves, and the way back; `text` says of what kind it is."""
 
     leaves: tuple[jax.Array, ...]
     model: Callable[[tuple[Any, ...]], MultimodalLM]
+    text: str
 
     @classmethod
     def of(cls, model: MultimodalLM) -> _Parameters:
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         return cls(
-            tuple(leaves), lambda flat: nnx.merge(graph, jax.tree.unflatten(tree, list(flat)))
+            tuple(leaves),
+            lambda flat: nnx.merge(graph, jax.tree.unflatten(tree, list(flat))),
+            f"{model.config} {tree}",
         )
 
 
@@ -233,9 +253,24 @@ class ExecutableTable:
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for x in program.parameters.leaves
         )
+        arguments = (shapes, *program.arguments)
+        stored, key = _stored, None
+        if stored is not None:
+            made_from = program.parameters.text, arguments, donate, self.layout.text
+            key = stored.key(program.function, *made_from)
+        if stored is not None and key is not None:
+            kept = stored.load(key, arguments, self.layout.devices)
+            if kept is not None:
+                _counter.loaded()
+                return kept
+        hits = _counter.hits_here
         with self.layout.tracing():  # of this thread alone
-            lowered = jax.jit(call, donate_argnums=donate).lower(shapes, *program.arguments)
-        return lowered.compile()
+            lowered = jax.jit(call, donate_argnums=donate).lower(*arguments)
+        compiled = lowered.compile()
+        # What was read from JAX's cache lacks its code when it is written again.
+        if stored is not None and key is not None and hits == _counter.hits_here:
+            stored.save(key, compiled)
+        return compiled
 
 
 def _shape_text(key: Hashable) -> str:

@@ -48,6 +48,19 @@ class Layout:
                 reason="MESH_UNSUPPORTED",
             )
 
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """On which programs run."""
+        return (jax.devices()[0],) if self.mesh is None else tuple(self.mesh.devices.flat)
+
+    @property
+    def text(self) -> str:
+        """All that is to be said of it: equal for equal layouts of any process."""
+        if self.mesh is None:
+            return "one device"
+        devices = [(d.id, d.process_index) for d in self.devices]
+        return f"{self.mesh.shape} {self.mesh.axis_types} {devices} {self.rules}"
+
     def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         """An argument whose leading dimension is the batch."""
         if self.mesh is None:

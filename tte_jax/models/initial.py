@@ -16,16 +16,19 @@ class Initial:
     """Draws parameters of one module.
 
     Attributes:
-      rngs: every matrix takes the next key of `params`, so the order of the calls counts.
+      rngs: every matrix takes the next key of `params`, so the order of the calls counts. None =
+        zeros, where only shapes are wanted: tracing the draws is a third of opening a small model.
       dtype: of the parameters.
       stack: leading dimensions of all of them: (L,) for stacked layers.
     """
 
-    rngs: nnx.Rngs
+    rngs: nnx.Rngs | None
     dtype: jnp.dtype
     stack: tuple[int, ...] = ()
 
     def normal(self, *shape: int, scale: float = DEVIATION) -> nnx.Param:
+        if self.rngs is None:
+            return self.zeros(*shape)
         drawn = jax.random.normal(self.rngs.params(), (*self.stack, *shape), self.dtype)
         return nnx.Param(scale * drawn)
 

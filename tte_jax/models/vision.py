@@ -75,7 +75,7 @@ class AttentionBlocks(Stack):
 class VisionBlocks(AttentionBlocks):
     """Blocks with layer norms and an MLP of two matrices (Qwen2-VL, Qwen3-VL)."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype) -> None:
         e, inner = config.embed_dim, config.inner
         new = Initial(rngs, dtype, (config.depth,))
         super().__init__(config, new)
@@ -88,7 +88,7 @@ class VisionTower(nnx.Module):
     """Patch embedding, blocks with per-segment attention, and the merger into text space."""
 
     def __init__(
-        self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self, config: VisionConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32
     ) -> None:
         self.config = config
         e, wide = config.embed_dim, config.embed_dim * config.merged

@@ -32,7 +32,9 @@ RMS_EPS = 1e-6  # fixed in the reference implementation
 class WindowedBlocks(AttentionBlocks):
     """Blocks with RMS norms and a gated MLP."""
 
-    def __init__(self, config: WindowedVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, config: WindowedVisionConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype
+    ) -> None:
         e, f = config.embed_dim, config.inner
         new = Initial(rngs, dtype, (config.depth,))
         super().__init__(config, new)
@@ -45,7 +47,7 @@ class WindowedVisionTower(nnx.Module):
     """Patch embedding, windowed and full blocks, and the merger into text space."""
 
     def __init__(
-        self, config: WindowedVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self, config: WindowedVisionConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32
     ) -> None:
         self.config = config
         e, wide = config.embed_dim, config.embed_dim * config.merged

@@ -35,7 +35,7 @@ class Merger(nnx.Module):
         config: DeepStackVisionConfig,
         *,
         norm_merged: bool,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         dtype: jnp.dtype,
     ) -> None:
         self.norm_merged = norm_merged
@@ -65,7 +65,11 @@ class DeepStackVisionTower(nnx.Module):
     """Patch and position embedding, blocks, and one merger per tapped block and for the end."""
 
     def __init__(
-        self, config: DeepStackVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self,
+        config: DeepStackVisionConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        dtype: jnp.dtype = jnp.float32,
     ) -> None:
         self.config = config
         e = config.embed_dim

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pypdfium2
 from PIL import Image
 
 from tte_jax.errors import InvalidInputError
@@ -75,6 +74,8 @@ def single_page(data: bytes, page: int, *, field: str = "") -> bytes:
     Raises:
       InvalidInputError: as `render_page`.
     """
+    import pypdfium2
+
     with _PDFIUM, _opened(data, field) as document:
         _check_number(document, page, field)
         if len(document) == 1:
@@ -122,6 +123,8 @@ def _check_number(document: Any, page: int, field: str) -> None:
 
 
 def _render(document: Any, number: int, dpi: float, max_pixels: int, field: str) -> Image.Image:
+    import pypdfium2
+
     try:
         page = document[number]
         try:
@@ -154,6 +157,8 @@ def _opened(data: bytes, field: str) -> Iterator[Any]:
         raise InvalidInputError(
             "the PDF is empty (0 bytes); send the file", field=field, reason="EMPTY_PAGE"
         )
+    import pypdfium2  # as late as this: most services never see a PDF
+
     try:
         document = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:

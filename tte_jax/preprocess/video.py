@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image
 
 from tte_jax.errors import InvalidInputError
@@ -206,6 +204,9 @@ def _opened(data: bytes, field: str) -> Iterator[tuple[Any, Any]]:
         raise InvalidInputError(
             "the video is empty (0 bytes); send the encoded file", field=field, reason="EMPTY_VIDEO"
         )
+    import av  # as late as this: most services never see a video, and it takes long to load
+    from av.error import FFmpegError
+
     try:
         container = av.open(io.BytesIO(data), options={"format_whitelist": FORMATS})
     except (FFmpegError, ValueError) as error:

@@ -73,7 +73,7 @@ def load(
     files = tensors(directory)
     table = entries(config)
     _check(directory, config, table, files)
-    abstract = nnx.eval_shape(lambda: MultimodalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    abstract = nnx.eval_shape(lambda: MultimodalLM(config, rngs=None, dtype=dtype))
     graph, state = nnx.split(abstract)
     pure = nnx.to_pure_dict(state)
     targets = [(entry, *descend(pure, entry.path)) for entry in table]
@@ -263,8 +263,8 @@ def _read(
         for name, place in places.items():
             files[name].read(rows, columns, into=entry.matrix(place))
 
-    if sharding is None:
-        return jnp.asarray(build((slice(None),) * len(shape)))
+    if sharding is None:  # not jnp.asarray, which compiles a program for every shape
+        return jax.device_put(build((slice(None),) * len(shape)))
     return jax.make_array_from_callback(
         shape,
         sharding,
