@@ -49,7 +49,7 @@ class Layout:
             )
 
     @property
-    def devices(self) -> tuple[jax.Device, ...]:
+    def devices(self) -> tuple[Any, ...]:
         """On which programs run."""
         return (jax.devices()[0],) if self.mesh is None else tuple(self.mesh.devices.flat)
 

@@ -61,14 +61,12 @@ class StoredPrograms:
             return None
         return hashlib.sha256((_surroundings() + text).encode()).hexdigest()
 
-    def load(
-        self, key: str, arguments: Any, devices: Sequence[jax.Device]
-    ) -> jax.stages.Compiled | None:
+    def load(self, key: str, arguments: Any, devices: Sequence[Any]) -> jax.stages.Compiled | None:
         """The program, or None where there is none that can be read.
 
         Args:
           arguments: the tuple of its arguments, or of their shapes.
-          devices: on which it runs.
+          devices: `jax.Device`s on which it runs.
         """
         try:
             data = (self._directory / key).read_bytes()
