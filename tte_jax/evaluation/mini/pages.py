@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pypdfium2
 from PIL import Image
 
 from tte_jax.builtin.pictures import png
@@ -144,6 +143,8 @@ def _description(text: str, title: str) -> str:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Any]:
+    import pypdfium2  # as late as this: every command of `tte` reads this file
+
     try:
         document = pypdfium2.PdfDocument(io.BytesIO(data))
     except pypdfium2.PdfiumError as error:
