@@ -6,7 +6,8 @@ mining makes of it can then be counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from training.data.examples import Document, Example
 from training.data.rows import ExampleSource
 from training.mining.miner import allowed
+from training.mining.records import Record
 from training.mining.rounds import Round
 from training.mining.table import Table
 from tte_jax.errors import InvalidInputError
@@ -87,12 +89,16 @@ class Found:
       kept_out: share of the pairs among the candidates that are not among the negatives.
       same_group: negatives of the query's group, where mining was not told the groups.
       negatives: all negatives.
+      dropped: share of the candidates that the filter took for right answers.
+      without: share of queries left without negatives.
     """
 
     duplicates: int
     kept_out: float
     same_group: int
     negatives: int
+    dropped: float
+    without: float
 
 
 def count(
@@ -101,6 +107,9 @@ def count(
     round: Round,
     originals: Mapping[str, str],
     groups: Mapping[str, str] | None = None,
+    *,
+    negatives: int = 0,
+    percents: Sequence[float] = (),
 ) -> dict[str, object]:
     """Figures of a reranker round over data with duplicates.
 
@@ -110,46 +119,50 @@ def count(
       round: of the arm "reranker"; it also tells what would be without its filter.
       originals: of `WithDuplicates`.
       groups: document key → group, where `table` has none.
+      negatives: of a query at most; 0 = as many as were mined.
+      percents: stricter t of the filter to count by, below the round's. A round with more
+        negatives than are counted holds what these would have taken instead.
 
     Returns:
       "pairs": queries with a duplicate of their right document in the corpus; "candidates": those
-      of them whose duplicate is among the candidates; for each arm its `Found`; and the price of
-      the filter: share of candidates dropped, share of queries left without negatives.
+      of them whose duplicate is among the candidates; for each arm, and for "reranker, t = …" of
+      each percent, its `Found`.
+
+    Raises:
+      InvalidInputError: a percent is above the round's, whose scores then are not there.
     """
-    limit = round.manifest["rules"]["negatives"]
+    rules = round.manifest["rules"]
+    limit = negatives or rules["negatives"]
+    if any(not 0.0 < t <= rules["percent_of_positive"] for t in percents):
+        raise InvalidInputError(
+            f"percents {list(percents)}: expected more than 0 and at most the round's "
+            f"{rules['percent_of_positive']}",
+            field="percents",
+        )
     duplicates: dict[tuple[int, str], list[str]] = {}
     for document in table.documents:
         if document.key in originals:
             place = document.dataset, originals[document.key]
             duplicates.setdefault(place, []).append(document.key)
-    pairs = seen = dropped = looked_at = without = 0
-    inside = {"embedder": 0, "reranker-unfiltered": 0, "reranker": 0}
-    same = dict.fromkeys(inside, 0)
-    total = dict.fromkeys(inside, 0)
+    tallies: dict[str, Counter[str]] = {}
+    pairs = seen = looked_at = 0
     for index, query in enumerate(table.queries):
-        record = round[index]
         near = [table.documents[i].key for i in allowed(table, query, found[index])]
-        kept = [one.key for one in record.negatives]
-        all_scored = [one.key for one in (*record.false_negatives, *record.negatives)]
-        chosen = {
-            "embedder": near[:limit],
-            "reranker-unfiltered": all_scored[:limit],
-            "reranker": kept,
-        }
         looked_at += len(near)
-        dropped += len(record.false_negatives)
-        without += not kept
         right = [table.documents[p].key for p in query.positives]
+        twins = [one for key in right for one in duplicates.get((query.dataset, key), ())]
         group = next((groups[k] for k in right if k in groups), "") if groups else ""
-        for arm, keys in chosen.items():
-            total[arm] += len(keys)
-            same[arm] += sum(bool(group) and (groups or {}).get(k) == group for k in keys)
-        for key in right:
-            for one in duplicates.get((query.dataset, key), ()):
-                pairs += 1
-                seen += one in near
-                for arm, keys in chosen.items():
-                    inside[arm] += one in keys
+        pairs += len(twins)
+        seen += sum(one in near for one in twins)
+        for arm, (chosen, dropped) in _chosen(round[index], near, limit, percents).items():
+            tally = tallies.setdefault(arm, Counter())
+            tally["dropped"] += dropped
+            tally["without"] += not chosen
+            tally["negatives"] += len(chosen)
+            tally["duplicates"] += sum(one in chosen for one in twins)
+            if groups and group:
+                tally["same_group"] += sum(groups.get(key) == group for key in chosen)
+    queries = max(1, len(table.queries))
     return {
         "queries": len(table.queries),
         "documents": len(table.documents),
@@ -157,9 +170,34 @@ def count(
         "pairs": pairs,
         "candidates": seen,
         "arms": {
-            arm: asdict(Found(inside[arm], 1 - inside[arm] / max(1, seen), same[arm], total[arm]))
-            for arm in inside
+            arm: asdict(
+                Found(
+                    duplicates=tally["duplicates"],
+                    kept_out=1 - tally["duplicates"] / max(1, seen),
+                    same_group=tally["same_group"],
+                    negatives=tally["negatives"],
+                    dropped=tally["dropped"] / max(1, looked_at),
+                    without=tally["without"] / queries,
+                )
+            )
+            for arm, tally in tallies.items()
         },
-        "dropped_share": dropped / max(1, looked_at),
-        "queries_without_negatives": without / max(1, len(table.queries)),
     }
+
+
+def _chosen(
+    record: Record, near: list[str], limit: int, percents: Sequence[float]
+) -> dict[str, tuple[list[str], int]]:
+    """Arm → (keys of its negatives, how many candidates its filter dropped)."""
+    scored = (*record.false_negatives, *record.negatives)  # by falling score
+    kept = [one.key for one in record.negatives[:limit]]
+    found = {
+        "embedder": (near[:limit], 0),
+        "reranker-unfiltered": ([one.key for one in scored[:limit]], 0),
+        "reranker": (kept, len(record.false_negatives)),
+    }
+    for t in percents:
+        cut = np.float32(t) * np.float32(record.positive_score or 0.0)
+        below = [one.key for one in scored if np.float32(one.score or 0.0) < cut]
+        found[f"reranker, t = {t:g}"] = (below[:limit], len(scored) - len(below))
+    return found
