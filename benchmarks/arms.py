@@ -27,7 +27,7 @@ from benchmarks import environment
 from benchmarks.short_runs import Recipe, ShortRuns, difference, start_of, summary
 from training import loop
 from training.builtin.heldout import HeldOut
-from training.builtin.reasonings import with_ecrs, write_ecrs
+from training.builtin.reasonings import weights_of, with_ecrs, write_ecrs
 from training.data import emoji
 from training.data.rows import ExampleSource
 from training.data.sources import open_source
@@ -48,16 +48,19 @@ class Config:
 
     Attributes:
       data: folder built by `training.data.emoji`.
-      work: ECRs, the mined round and every run's ranks.
+      work: the mined round and every run's ranks, in a folder for each state of the weights.
+      ecrs: reasonings by content; `benchmarks.false_negatives` reads the same ones.
       text, composed: training queries of each kind.
       percent_of_positive: t of the filter; depth: candidates of a query.
       budget: reasoning tokens.
-      asked: held-out queries of each task.
+      asked: held-out queries of each task; pool: pictures that they choose among beside the right
+        ones of all queries, 0 = all of the style.
       reranker: address of a running one; "" = one is started.
     """
 
     data: Path = Path(".data/emoji")
     work: Path = Path(".data/runs/arms")
+    ecrs: Path = Path(".data/runs/emoji-ecrs")
     out: Path = Path("benchmarks/results/arms.json")
     model: str = models.EMBEDDER
     text: int = 800
@@ -66,6 +69,7 @@ class Config:
     depth: int = 100
     budget: int = 64
     asked: int = 400
+    pool: int = 0
     seed: int = 0
     reranker: str = ""
     recipe: Recipe = field(default_factory=Recipe)
@@ -75,7 +79,9 @@ class Config:
         return f"emoji:{self.data}?text={self.text}&composed={self.composed}&seed={self.seed}"
 
 
-def mined(config: Config, source: ExampleSource) -> tuple[Table, dict[str, ExampleSource]]:
+def mined(
+    config: Config, source: ExampleSource, work: Path
+) -> tuple[Table, dict[str, ExampleSource]]:
     """One round of the reranker over the source, and every arm's source."""
     rules = Rules(
         arm=RERANKER,
@@ -86,21 +92,21 @@ def mined(config: Config, source: ExampleSource) -> tuple[Table, dict[str, Examp
     )
     setting = loop.Config(
         data=config.source,
-        state=config.work / "loop",
+        state=work / "loop",
         model=config.model,
         reranker=config.reranker,
         rules=rules,
     )
     space = Workspace(setting.state)
     with space.locked():
-        space.claim({"data": config.source, "rules": asdict(rules), "model": config.model})
+        space.claim({"data": config.source, "rules": asdict(rules), "budget": config.budget})
         table = space.table(source)
         if not sealed(space.rounds):
             opened = loop.embedder_opener(setting)
             asyncio.run(loop.mine_round(setting, space, source, table, 0, opened))
     found = candidates.load(space.candidates(0))
     round = Round(space.round(0))
-    return table, asyncio.run(arms.sources(source, table, *found, round, config.work / "arms"))
+    return table, asyncio.run(arms.sources(source, table, *found, round, work / "arms"))
 
 
 def same_thing(source: ExampleSource, table: Table, groups: dict[str, str]) -> dict[str, float]:
@@ -119,20 +125,20 @@ def same_thing(source: ExampleSource, table: Table, groups: dict[str, str]) -> d
 
 
 def main(config: Config) -> int:
-    begun = time.monotonic()
+    begun, work = time.monotonic(), config.work / weights_of(config.model)
     enable_compile_cache(config.work / "compile-cache")
     data = emoji.load(config.data)
     grouped = open_source(config.source)
-    heldout = HeldOut(data, queries=config.asked, seed=config.seed)
+    heldout = HeldOut(data, queries=config.asked, pool=config.pool, seed=config.seed)
     options: dict[str, Any] = {"model": config.model, "budget": config.budget}
-    source = with_ecrs(Ungrouped(grouped), config.work / "ecrs.jsonl", **options)
-    store = write_ecrs(heldout.wanted(), config.work / "heldout.jsonl", **options)
-    table, sources = mined(config, source)
+    source = with_ecrs(Ungrouped(grouped), config.ecrs, **options)
+    store = write_ecrs(heldout.wanted(), config.ecrs, **options)
+    table, sources = mined(config, source, work)
     groups = {d.key: d.groups[0] for d in table_of(grouped).documents}
 
     recipe, tasks = config.recipe, list(heldout.tasks)
     start = start_of(config.model)
-    runs = ShortRuns(start, config.source, heldout, store, config.work / "runs", recipe)
+    runs = ShortRuns(start, config.source, heldout, store, work / "runs", recipe)
     found: dict[str, list[Any]] = {name: [] for name in sources}
     # Seed by seed: what is there after an hour is a whole comparison.
     for seed in recipe.seeds:
@@ -147,7 +153,7 @@ def main(config: Config) -> int:
     made = {
         **environment.describe("benchmarks.arms"),
         "noisy": False,  # nothing here is a time to go by
-        "models": Round(config.work / "loop/rounds/round-00000").manifest["models"],
+        "models": Round(work / "loop/rounds/round-00000").manifest["models"],
         "queries": len(table.queries),
         "documents": len(table.documents),
         "percent_of_positive": config.percent_of_positive,

@@ -32,7 +32,7 @@ from benchmarks.short_runs import Recipe, ShortRuns, difference, start_of, summa
 from training import loop
 from training.builtin.heldout import HeldOut
 from training.builtin.images import turned
-from training.builtin.reasonings import with_ecrs, write_ecrs
+from training.builtin.reasonings import weights_of, with_ecrs, write_ecrs
 from training.data import emoji
 from training.data.emoji_examples import png
 from training.data.examples import Document
@@ -59,20 +59,23 @@ class Config:
 
     Attributes:
       data: folder built by `training.data.emoji`.
-      work: ECRs, vectors, the round and every run's ranks.
+      work: vectors, the round and every run's ranks, in a folder for each state of the weights.
+      ecrs: reasonings by content; `benchmarks.arms` reads the same ones.
       text, composed: queries of each kind; a query brings its right drawing.
       copies: what a duplicate is.
       share: of the documents that stand twice.
       percent_of_positive: t of the filter that is trained with; percents: others to count by.
       negatives: of a query, for the counts.
       budget: reasoning tokens.
-      asked: held-out queries of each task.
+      asked: held-out queries of each task; pool: pictures that they choose among beside the right
+        ones of all queries, 0 = all of the style.
       quality: train with and without the filter as well.
       reranker: address of a running one; "" = one is started.
     """
 
     data: Path = Path(".data/emoji")
     work: Path = Path(".data/runs/false_negatives")
+    ecrs: Path = Path(".data/runs/emoji-ecrs")
     out: Path = Path("benchmarks/results/false_negatives.json")
     text: int = 2000
     composed: int = 2000
@@ -83,6 +86,7 @@ class Config:
     negatives: int = 7
     budget: int = 64
     asked: int = 400
+    pool: int = 0
     seed: int = 0
     quality: bool = True
     reranker: str = ""
@@ -150,10 +154,11 @@ def quality(
     config: Config, source: ExampleSource, table: Table, round: Round, state: Path
 ) -> dict[str, Any] | None:
     """Held-out figures of the embedder trained on with and without the filter; None = stopped."""
-    heldout = HeldOut(emoji.load(config.data), queries=config.asked, seed=config.seed)
+    data = emoji.load(config.data)
+    heldout = HeldOut(data, queries=config.asked, pool=config.pool, seed=config.seed)
     store = write_ecrs(
         heldout.wanted(),
-        config.work / "heldout.jsonl",
+        config.ecrs,
         model=config.model,
         budget=config.budget,
     )
@@ -191,9 +196,10 @@ def main(config: Config) -> int:
     injected = injection.WithDuplicates(
         Ungrouped(base), grouped, copy=copy, share=config.share, seed=config.seed
     )
-    ecrs = config.work / f"ecrs-{config.copies}.jsonl"
-    source = with_ecrs(injected, ecrs, model=config.model, budget=config.budget)
-    state = config.work / f"{config.copies}-{config.percent_of_positive:g}"
+    source = with_ecrs(injected, config.ecrs, model=config.model, budget=config.budget)
+    state = (
+        config.work / f"{weights_of(config.model)}-{config.copies}-{config.percent_of_positive:g}"
+    )
     table, found, round = mined(config, source, state)
     figures = injection.count(
         table,

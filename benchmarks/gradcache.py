@@ -38,7 +38,6 @@ from tte_jax.weights import hf
 
 TUNINGS = {
     "LoRA, dropout 0.1": Tuning("lora", dropout=0.1),
-    "DoRA, dropout 0.1": Tuning("dora", dropout=0.1),
     "full, tower too": Tuning("full", vision=True),
 }
 
@@ -57,11 +56,11 @@ class Options:
     """
 
     model: str = models.EMBEDDER
-    queries: int = 16
+    queries: int = 8
     negatives: int = 2
     tokens: int = 512
-    batches: tuple[int, ...] = (64, 256, 1024, 4096)
-    direct: tuple[int, ...] = (64, 256)
+    batches: tuple[int, ...] = (64, 512, 4096)
+    direct: tuple[int, ...] = (64, 512)
     rows: int = 64
     seed: int = 0
     out: Path = Path("benchmarks/results/gradcache.json")

@@ -24,6 +24,7 @@ from benchmarks import (
     index_summary,
     model_tables,
     quality_tables,
+    training_tables,
 )
 from benchmarks.engine.summary import summary
 from benchmarks.environment import ROOT
@@ -200,13 +201,21 @@ MEASURED = {
         )
     },
     "mini-mmeb": Measured("mini_mmeb.json", "python -m benchmarks.mini", quality_tables.mini_mmeb),
-    "arms": Measured("arms.json", "", rows),
+    "arms": Measured("arms.json", "python -m benchmarks.arms", training_tables.arms),
     "false_negatives": Measured(
-        "false_negatives.json", "python -m benchmarks.false_negatives", rows
+        "false_negatives.json",
+        "python -m benchmarks.false_negatives",
+        training_tables.false_negatives,
     ),
-    "gradcache": Measured("gradcache.json", "", rows),
-    "training": Measured("training.json", "python -m benchmarks.training", rows),
-    "loop_kills": Measured("loop_kills.json", "make crash", rows),
+    "gradcache": Measured(
+        "gradcache.json", "python -m benchmarks.gradcache", training_tables.gradcache
+    ),
+    "training": Measured(
+        "training.json", "python -m benchmarks.training", training_tables.training
+    ),
+    "loop_kills": Measured(
+        "loop_kills.json", "python -m benchmarks.loop_kills", training_tables.loop_kills
+    ),
 }
 FROM_CODE: Mapping[str, Callable[[], str]] = {
     "held-out": quality_tables.held_out,

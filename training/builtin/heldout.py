@@ -40,51 +40,65 @@ class HeldOut:
     Args:
       data: a built data set.
       queries: of each task, at most; chosen by `seed`.
+      pool: pictures of a pool, at most, beside those that are right for some query; 0 = all.
 
     Attributes:
       tasks: by name; pools: pictures of each style, by style.
     """
 
-    def __init__(self, data: EmojiData, *, queries: int = 400, seed: int = 0) -> None:
+    def __init__(
+        self, data: EmojiData, *, queries: int = 400, pool: int = 0, seed: int = 0
+    ) -> None:
         pictures, rng = Pictures(data), np.random.default_rng(seed)
         by_key = {c.key: c for c in data.concepts}
         combinations = {data.concepts[i].key for i in data.concept_ids[data.heldout_combination]}
-        keys = {style: pictures.keys(style) for style in (UNSEEN_STYLE, SERVED_STYLE)}
-        keys[UNSEEN_STYLE] = [k for k in keys[UNSEEN_STYLE] if _plain(by_key[k])]
-        self.pools = {
-            style: tuple(document(Content.of("", pictures.of(style, k))) for k in own)
-            for style, own in keys.items()
-        }
-        both = [k for k in keys[UNSEEN_STYLE] if pictures.has(SERVED_STYLE, k)]
+        unseen = [k for k in pictures.keys(UNSEEN_STYLE) if _plain(by_key[k])]
+        both = [k for k in unseen if pictures.has(SERVED_STYLE, k)]
         asked = [both[i] for i in sorted(rng.permutation(len(both))[:queries])]
-        named = [Query(Content.of(texts.label(by_key[k])), k) for k in asked]
-        tagged = [Query(Content.of(_tags(by_key[k])), k) for k in asked]
-        drawn = [Query(Content.of("", pictures.of(UNSEEN_STYLE, k)), k) for k in asked]
         changed = {
             style: composed_queries(
                 data, pictures, style, lambda c: c.key in combinations, queries, rng
             )
             for style in ("noto", UNSEEN_STYLE)
         }
-
-        def task(made: list[Query], style: str) -> Task:
-            place = {key: i for i, key in enumerate(keys[style])}
-            return Task(
-                tuple(document(q.content) for q in made),
-                style,
-                np.array([place[q.answer] for q in made]),
-            )
-
+        made = {
+            "text by label → unseen style": (
+                UNSEEN_STYLE,
+                [Query(Content.of(texts.label(by_key[k])), k) for k in asked],
+            ),
+            "text by tags → unseen style": (
+                UNSEEN_STYLE,
+                [Query(Content.of(_tags(by_key[k])), k) for k in asked],
+            ),
+            "picture of the unseen style → OpenMoji": (
+                SERVED_STYLE,
+                [Query(Content.of("", pictures.of(UNSEEN_STYLE, k)), k) for k in asked],
+            ),
+            "picture and change → OpenMoji, held-out combinations": (
+                SERVED_STYLE,
+                changed["noto"],
+            ),
+            "picture of the unseen style and change → OpenMoji, held-out combinations": (
+                SERVED_STYLE,
+                changed[UNSEEN_STYLE],
+            ),
+        }
+        self.pools: dict[str, tuple[Document, ...]] = {}
+        place: dict[str, dict[str, int]] = {}
+        for style, every in ((UNSEEN_STYLE, unseen), (SERVED_STYLE, pictures.keys(SERVED_STYLE))):
+            right = {q.answer for own, some in made.values() if own == style for q in some}
+            others = [k for k in every if k not in right]
+            kept = right | {others[i] for i in rng.permutation(len(others))[: pool or len(others)]}
+            keys = [k for k in every if k in kept]
+            self.pools[style] = tuple(document(Content.of("", pictures.of(style, k))) for k in keys)
+            place[style] = {key: i for i, key in enumerate(keys)}
         self.tasks = {
-            "text by label → unseen style": task(named, UNSEEN_STYLE),
-            "text by tags → unseen style": task(tagged, UNSEEN_STYLE),
-            "picture of the unseen style → OpenMoji": task(drawn, SERVED_STYLE),
-            "picture and change → OpenMoji, held-out combinations": task(
-                changed["noto"], SERVED_STYLE
-            ),
-            "picture of the unseen style and change → OpenMoji, held-out combinations": task(
-                changed[UNSEEN_STYLE], SERVED_STYLE
-            ),
+            name: Task(
+                tuple(document(q.content) for q in own),
+                style,
+                np.array([place[style][q.answer] for q in own]),
+            )
+            for name, (style, own) in made.items()
         }
 
     def wanted(self) -> Iterator[tuple[Document, Side]]:

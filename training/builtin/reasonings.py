@@ -15,24 +15,31 @@ from training.data.examples import Document
 from training.data.rows import ExampleSource
 from tte_jax.builtin import models
 from tte_jax.content import Side
+from tte_jax.engine.served_model import fingerprint
+from tte_jax.preprocess.prompts import prompts_name
 from tte_jax.reasoner import Reasoner
 from tte_jax.stages import ReasonItem
 
 BATCH = 64
 
 
+def weights_of(model: str) -> str:
+    """12 hex digits that are others when the model's weights are; nothing is loaded for it."""
+    directory = models.resolve(model)
+    return fingerprint(directory, prompts_name(directory))
+
+
 def write_ecrs(
-    wanted: Iterable[tuple[Document, Side]], path: Path, *, model: str, budget: int
+    wanted: Iterable[tuple[Document, Side]], folder: Path, *, model: str, budget: int
 ) -> EcrStore:
-    """Writes what `path` lacks, batch by batch, and opens it.
+    """Writes what is missing, batch by batch, and opens the file of this model and budget.
 
     Args:
+      folder: of such files; any number of sources may share it, since ECRs go by content.
       model: a built-in name or a model directory.
       budget: new tokens of each.
-
-    Raises:
-      InvalidInputError: the file holds another model's ECRs, or those of another budget.
     """
+    path = folder / f"{weights_of(model)}-{budget}.jsonl"
     with Reasoner.from_pretrained(models.resolve(model)) as reasoner:
         store = EcrStore(path, arm=PLAIN, model=reasoner.version, budget=budget)
         left: dict[str, tuple[Document, Side]] = {}
@@ -54,7 +61,7 @@ def write_ecrs(
     return store
 
 
-def with_ecrs(source: ExampleSource, path: Path, *, model: str, budget: int) -> WithEcrs:
+def with_ecrs(source: ExampleSource, folder: Path, *, model: str, budget: int) -> WithEcrs:
     """The source with the ECR of every query and document."""
 
     def wanted() -> Iterable[tuple[Document, Side]]:
@@ -64,4 +71,4 @@ def with_ecrs(source: ExampleSource, path: Path, *, model: str, budget: int) -> 
             for one in (*example.positives, *example.negatives):
                 yield one, Side.DOCUMENT
 
-    return WithEcrs(source, write_ecrs(wanted(), path, model=model, budget=budget))
+    return WithEcrs(source, write_ecrs(wanted(), folder, model=model, budget=budget))

@@ -51,7 +51,7 @@ async def test_duplicates_are_kept_out_by_the_filter_alone(tmp_path):
             await miner.mine(made, found, cosines, rules, writer, miner=client, version="hand@1")
             round = Round(writer.seal())
         await client.close()
-    figures = injection.count(made, found, round, injected.originals)
+    figures = injection.count(made, found, round, injected.originals, percents=(0.5,))
     assert figures["pairs"] == figures["candidates"] == 3
     arms = figures["arms"]
     assert isinstance(arms, dict)
@@ -59,6 +59,14 @@ async def test_duplicates_are_kept_out_by_the_filter_alone(tmp_path):
     # A duplicate scores 1 as its original does, so without the filter it is among the hardest.
     assert arms["reranker-unfiltered"]["duplicates"] == 3
     assert arms["embedder"]["duplicates"] > 0
+    # Two words of three are 0.67: half of the positive's score drops these, too.
+    stricter = arms["reranker, t = 0.5"]
+    assert stricter["duplicates"] == 0 and stricter["dropped"] > arms["reranker"]["dropped"]
+    assert arms["embedder"]["dropped"] == 0.0
+    two = injection.count(made, found, round, injected.originals, negatives=2)["arms"]
+    assert isinstance(two, dict) and two["embedder"]["negatives"] == 2 * len(made.queries)
+    with pytest.raises(InvalidInputError, match="percents"):
+        injection.count(made, found, round, injected.originals, percents=(1.5,))
 
 
 async def test_right_answers_that_mining_was_not_told_of_are_counted(tmp_path):
