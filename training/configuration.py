@@ -6,12 +6,13 @@ python -m training.contrastive --config paper-2b --model models/Qwen2-VL-2B --st
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
-from tte_jax.errors import InvalidInputError
+from tte_jax.cli import exits
+from tte_jax.errors import InvalidInputError, TteError
 
 C = TypeVar("C")
 
@@ -37,3 +38,22 @@ def parse(presets: Mapping[str, C], description: str, arguments: Sequence[str] |
     start = presets[name]
     about = f"{description}\n\n--config NAME: one of {', '.join(presets)}; here {name}."
     return tyro.cli(type(start), default=start, args=given, description=about)
+
+
+def command(
+    main: Callable[[C], Any],
+    presets: Mapping[str, C],
+    about: str | None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs a trainer as a command; returns the exit code of `tte_jax.cli.exits`.
+
+    Args:
+      about: the module's docstring; its first line describes the command.
+    """
+    try:
+        main(parse(presets, (about or "").split("\n")[0], arguments))
+    except (TteError, KeyboardInterrupt) as error:
+        print(f"Error: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
+        return exits.exit_code(error)
+    return exits.OK

@@ -13,6 +13,7 @@ mesh. Ends with a directory that `tte serve` reads. `docs/training.md` has the o
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from training.data.examples import Example
 from training.data.mixture import Mixture, by_dataset
 from training.data.order import BatchOrder, read_steps
 from training.data.rows import ExampleSource
-from training.data.sources import open_source
+from training.data.sources import mined_round, open_source
 from training.gradcache import GradCache
 from training.launch import Job
 from training.optimiser import Optimiser
@@ -191,8 +192,9 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
     Args:
       examples: the examples of `config.data`, index by index, with mined negatives put in
         (`training.mining.mined_source`); None = as they are.
-      mined: name of the sealed round that those are from. Checkpoints hold it with the number of
-        steps that were trained on it, and a run may go on with another round.
+      mined: name of the sealed round that those are from; "" = the rounds that `config.data` names.
+        Checkpoints hold it with the number of steps that were trained on it, and a run may go on
+        with another round.
     """
     if config.dry_run:
         from training import dry_run
@@ -210,6 +212,7 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
 
     # --- data -------------------------------------------------------------------------------
     mixture = mixed(config.data)
+    mined = mined or ",".join(filter(None, map(mined_round, config.data)))
     order = BatchOrder(
         mixture, global_batch=config.global_batch, sub_batch=config.sub_batch, seed=config.seed
     )
@@ -443,4 +446,4 @@ def go_on(mine: dict[str, Any], found: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(configuration.parse(PRESETS, (__doc__ or "").split("\n")[0]))
+    sys.exit(configuration.command(main, PRESETS, __doc__))

@@ -33,10 +33,12 @@ from training.data.rows import ExampleSource
 from training.data.sources import open_source, with_option
 from training.mining import candidates, miner
 from training.mining.embeddings import embed
+from training.mining.figures import figures
 from training.mining.records import NONE, RANDOM, Rules
 from training.mining.rounds import PART_RECORDS, Round, RoundWriter, sealed
 from training.mining.table import Table
 from training.mining.workspace import Workspace
+from training.telemetry import Telemetry
 from tte_jax.builtin import models
 from tte_jax.cli import exits
 from tte_jax.client import NegativeMiner, RemoteEmbedder
@@ -165,16 +167,27 @@ async def run(
         )  # fmt: skip
         train = train or command_trainer(config)
         opened = open_embedder or embedder_opener(config)
+        # Rounds tell everything again, so what a kill left out is there after all.
+        telemetry = Telemetry(space.root, steps=config.rounds, shows=False)
         for round in range(config.rounds):
             if round not in sealed(space.rounds):
                 await mine_round(config, space, source, table, round, opened)
+            telemetry.report(round + 1, _figures(space, table, round))
             if not space.trained(round):
                 begin = retriever(config, space, round if config.start == "previous" else 0)
                 with space.trainer_lock() as lock:
                     log.info("round %d: training", round)
                     train(Training(round, space.round(round), begin, space.model(round), lock))
                 space.mark_trained(round)
+        telemetry.close()
         return space.retriever(config.rounds - 1)
+
+
+def _figures(space: Workspace, table: Table, round: int) -> dict[str, float]:
+    path = space.candidates(round)
+    found = candidates.load(path)[0] if path.exists() else None
+    made = figures(Round(space.round(round), verify=False), table, found)
+    return {f"mined/{name}": value for name, value in made.items()}
 
 
 def retriever(config: Config, space: Workspace, round: int) -> Path:

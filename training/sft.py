@@ -12,6 +12,7 @@ of the data, checkpoints, stopping, export) is that of `training.contrastive`.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -329,4 +330,4 @@ def read_ahead(
 
 
 if __name__ == "__main__":
-    main(configuration.parse(PRESETS, (__doc__ or "").split("\n")[0]))
+    sys.exit(configuration.command(main, PRESETS, __doc__))

@@ -22,10 +22,13 @@ class Telemetry:
       steps: for the bar.
       first: the step that a resumed run starts at; later rows of an earlier attempt are dropped, so
         that no step stands there twice.
+      shows: a progress bar on a terminal, elsewhere a line for each report; False = neither.
     """
 
-    def __init__(self, out: Path, *, steps: int, first: int = 0, writes: bool = True) -> None:
-        self._writes = writes
+    def __init__(
+        self, out: Path, *, steps: int, first: int = 0, writes: bool = True, shows: bool = True
+    ) -> None:
+        self._writes, self._shows = writes, shows
         self._bar: Progress | None = None
         self._said = ""
         if not writes:
@@ -37,7 +40,7 @@ class Telemetry:
         _drop_after(self._path, first)
         self._log = self._path.open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-        if sys.stderr.isatty():
+        if shows and sys.stderr.isatty():
             from rich.console import Console
 
             self._bar = Progress(
@@ -72,7 +75,7 @@ class Telemetry:
                 " before.",
                 reason="LOSS_NOT_FINITE",
             )
-        if self._bar is None:
+        if self._shows and self._bar is None:
             said = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if "/" not in k)
             print(f"{time.strftime('%H:%M:%S')} step {step}  {said}", flush=True)
 

@@ -65,6 +65,21 @@ def open_source(spec: str) -> ExampleSource:
     return source
 
 
+def mined_round(spec: str) -> str:
+    """The sealed round that `spec` reads its negatives from: its number and content, so that a
+    checkpoint can say it. "" = none.
+
+    Raises DataLossError when it is not sealed, or damaged.
+    """
+    folder = dict(parse_qsl(spec.partition("?")[2])).get("mined", "")
+    if not folder:
+        return ""
+    from training.mining.rounds import Round
+
+    round = Round(Path(folder), verify=False)
+    return f"{round.number}:{round.sha256[:16]}"
+
+
 def with_option(spec: str, name: str, value: str) -> str:
     """The same source with one more option behind it."""
     return f"{spec}{'&' if '?' in spec else '?'}{name}={quote(value)}"

@@ -6,6 +6,7 @@ vectors/round-00000/         of the retriever that mines the round
 candidates/round-00000.npy
 rounds/round-00000/          sealed negatives
 models/round-00000/          the retriever trained on them, and round-00000.json when complete
+metrics.jsonl, tensorboard/  what each round was like, see `mining.figures`
 """
 
 from __future__ import annotations

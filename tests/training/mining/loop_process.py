@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorboardX  # noqa: F401  (before the forks, as what follows)
 
-import servers.reranker  # noqa: F401  (before the forks)
+import servers.reranker  # noqa: F401
 from tests.training.mining import hand
 from training import loop
 from training.data.jsonl import JsonlSource

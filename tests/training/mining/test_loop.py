@@ -22,9 +22,9 @@ from training import loop
 from training.data.ecrs import PLAIN, EcrStore, WithEcrs
 from training.data.jsonl import JsonlSource
 from training.data.mixture import Mixture, Subset, Weighted, by_dataset
-from training.data.sources import open_source, with_option
+from training.data.sources import mined_round, open_source, with_option
 from training.mining.records import EMBEDDER, Rules
-from training.mining.rounds import Round, sealed
+from training.mining.rounds import Round, RoundWriter, sealed
 from training.mining.workspace import Workspace, tree_hash
 from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError
 
@@ -59,9 +59,14 @@ async def test_a_trainer_is_a_command_that_reads_the_round(config, monkeypatch):
     assert seen == {r.example: [one.key for one in r.negatives] for r in made}
     first, second = (np.load(config.state / f"models/round-0000{n}/export/w.npy") for n in (0, 1))
     assert not np.array_equal(first, second)
+    metrics = config.state / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["mined/negatives"] == 3.0
+    assert "mined/hardness" not in rows[0], "no teacher scored"
     # What is complete is not done again, and is compared with what was made.
     hashes = tree_hash(config.state / "models")
     assert await loop.run(config, open_embedder=hand.opener()) == last
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows
     assert tree_hash(config.state / "models") == hashes
     (last / "w.npy").write_bytes(b"")
     with pytest.raises(DataLossError, match="files have changed"):
@@ -141,6 +146,11 @@ def test_names_of_mined_sources(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", hand.example_rows(2))
     with pytest.raises((InvalidInputError, DataLossError)):
         open_source(with_option(f"jsonl:{data}", "mined", str(tmp_path)))
+    assert mined_round(f"jsonl:{data}?first=1") == ""
+    with RoundWriter(tmp_path / "r s", 3, {"rules": {}}) as writer:
+        sealed = writer.seal()
+    name = mined_round(with_option(f"jsonl:{data}", "mined", str(sealed)))
+    assert name == f"3:{Round(sealed).sha256[:16]}"
 
 
 @pytest.mark.timeout(600)
@@ -183,6 +193,11 @@ async def test_a_round_with_real_models_and_a_reranker_that_is_killed(config, tm
     assert len(first) == 16 and first.sha256 == second.sha256
     assert tree_hash(first.path) == tree_hash(second.path)
     assert first.manifest["models"]["embedder"] == tiny_models.embedder().version
+    (row,) = map(json.loads, (made.state / "metrics.jsonl").read_text().splitlines())
+    dropped = sum(len(r.false_negatives) for r in first)
+    # Eight candidates of each query, one of which may be the right one.
+    assert dropped / (16 * 8.01) < row["mined/false_negative_share"] < dropped / (16 * 6.99)
+    assert 0 < row["mined/hardness"] < 1
     scores = {n.score for r in first for n in (*r.negatives, *r.false_negatives)}
     assert len(scores) > 10
     print(f"{time.monotonic() - begun:.0f} s")
