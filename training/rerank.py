@@ -6,42 +6,46 @@ Rows are written by `builtin.rerank_rows`: a query text, candidates in the reaso
 which of them are right. Loss: binary cross-entropy on each yes/no (so that the score is a
 probability) plus a softmax over the list (so that the order is right), which `--listwise 0` leaves
 out. The decoder starts from the unified model's; that Qwen3 normalises queries and keys is all that
-it has to get used to. Or `--start` is any Qwen3 directory, which goes on in full, with its own
-tokenizer and prompts, and is exported as a whole directory:
+it has to get used to. Or `--start` is any Qwen3 directory or hub id, which goes on in full, with
+its own tokenizer and prompts, and is exported as a whole directory:
 
-    python -m training.rerank --rows rows.jsonl --start models/Qwen3-Reranker-0.6B \
-        --prefix-room 256 --suffix-room 256 --lr 1e-5
+    python -m training.rerank --config qwen3 --rows rows.jsonl --start models/Qwen3-Reranker-0.6B
+
+SIGTERM and SIGINT end the run when it has saved; the same command goes on.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin
+from training import builtin, configuration, results
 from training.builtin.pairs import Leaf
 from training.checkpoint import Checkpoints
-from training.optimiser import muon
+from training.optimiser import adamw, muon
 from training.prefetch import prefetch
 from training.stopping import StopRequest
+from training.telemetry import Telemetry
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
+from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
 from tte_jax.models.text import KVCache
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.preprocess.tokenizer import Tokenizer
-from tte_jax.weights import convert, hf
+from tte_jax.weights import convert, hf, hub
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class Config:
     Attributes:
       rows: JSONL of {"query": str, "candidates": [str], "labels": [0 or 1]}.
       tokenizer: of a reranker that starts from a unified model.
-      start: unified model directory whose decoder is taken over, or a Qwen3 directory.
+      start: unified model directory whose decoder is taken over, or a Qwen3 directory or hub id.
       prefix_room, suffix_room: tokens of a query and of a candidate; what is longer is cut.
       listwise: weight of the softmax over the list.
       lists, candidates: a step reads `lists` rows with `candidates` of their candidates each.
+      optimiser: Muon is for small models that learn as a whole.
+      warmup: steps in which the rate rises.
     """
 
     rows: Path = Path(".data/runs/rerank/rows.jsonl")
@@ -67,11 +73,26 @@ class Config:
     suffix_room: int = 36
     listwise: float = 1.0
     steps: int = 300
+    optimiser: Literal["muon", "adamw"] = "muon"
     lr: float = 2e-3
     warmup: int = 40
     weight_decay: float = 0.05
     checkpoint_every: int = 100
+    report_every: int = 20
     seed: int = 0
+
+
+PRESETS = {
+    "builtin": Config(),
+    "qwen3": Config(
+        start=Path("Qwen/Qwen3-Reranker-0.6B"),
+        prefix_room=256,
+        suffix_room=256,
+        optimiser="adamw",
+        lr=1e-5,
+        weight_decay=0.0,
+    ),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +111,7 @@ class RowSource:
     """Reads the rows and lays out batches; batch i depends on (seed, i) alone."""
 
     def __init__(self, path: Path, prompts: PromptSet, config: Config) -> None:
-        self._rows = [json.loads(line) for line in path.read_text().splitlines()]
+        self._rows = read_rows(path)
         self._prompts = prompts
         self._config = config
 
@@ -131,6 +152,44 @@ class RowSource:
         return np.concatenate([right, picked])
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file.
+
+    Raises:
+      NotFoundError: there is none.
+      InvalidInputError: it is empty, a line is no such row, or no row has a right candidate.
+    """
+    if not path.is_file():
+        raise NotFoundError(
+            f"{path} is not there; `python -m training.builtin.rerank_rows --out {path}` writes "
+            "rows of the built-in models",
+            reason="MISSING_DATA",
+            path=path,
+        )
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            fine = (
+                isinstance(row["query"], str)
+                and all(isinstance(one, str) for one in row["candidates"])
+                and len(row["candidates"]) == len(row["labels"]) > 0
+                and set(row["labels"]) <= {0, 1}
+            )
+        except (ValueError, KeyError, TypeError):
+            fine = False
+        if not fine:
+            raise InvalidInputError(
+                f'{path}:{number}: expected {{"query": text, "candidates": [text, …], "labels": '
+                "[0 or 1, …]} with a label for each of at least one candidate",
+                field="rows",
+            )
+        rows.append(row)
+    if not any(1 in row["labels"] for row in rows):
+        raise InvalidInputError(f"{path} has no row with a right candidate", field="rows")
+    return rows
+
+
 def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
     """[B C] yes-minus-no logits; a list's candidates share the pass over their prefix."""
     lists, count, room = batch.suffix.shape
@@ -159,24 +218,26 @@ def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
 
 def main(config: Config) -> None:
     # --- data -------------------------------------------------------------------------------
-    whole = model_config(config.start).model_type == "qwen3"
-    tokenizer = Tokenizer.from_dir(config.start if whole else config.tokenizer)
-    prompts = PromptSet.from_dir(config.start) if whole else PromptSet("mini", tokenizer)
+    base = hub.local(config.start)
+    whole = model_config(base).model_type == "qwen3"
+    tokenizer = Tokenizer.from_dir(base if whole else config.tokenizer)
+    prompts = PromptSet.from_dir(base) if whole else PromptSet("mini", tokenizer)
     yes, no = prompts.yes_id, prompts.no_id
     source = RowSource(config.rows, prompts, config)
 
     # --- model and optimiser ------------------------------------------------------------------
     if whole:
-        model = hf.load(config.start)
+        model = hf.load(base)
     else:
         model = MultimodalLM(builtin.reranker_config(tokenizer), rngs=nnx.Rngs(config.seed))
-        start = hf.load(config.start).text
+        start = hf.load(base).text
         model.text.embed_vd[...] = start.embed_vd[...]
         for name, weight in vars(model.text.layers).items():
             if isinstance(weight, nnx.Param) and hasattr(start.layers, name):
                 # Not the norms of queries and keys, which only the reranker has.
                 weight[...] = getattr(start.layers, name)[...]
-    tx = muon(
+    make = muon if config.optimiser == "muon" else adamw
+    tx = make(
         lr=config.lr, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
     )
     opt_state = tx.init(model)  # pyright: ignore[reportArgumentType]  # NNX modules are pytrees
@@ -193,9 +254,12 @@ def main(config: Config) -> None:
         logits = jnp.where(here, margin, -1e9)
         has = right.any(1)
         target = right / jnp.maximum(right.sum(1, keepdims=True), 1)
-        listwise = jnp.sum(optax.softmax_cross_entropy(logits, target) * has) / jnp.sum(has)
-        first = (right[jnp.arange(len(logits)), logits.argmax(1)] * has).sum() / has.sum()
-        return pointwise + config.listwise * listwise, {
+        answered = jnp.maximum(has.sum(), 1)  # a batch may have no list with a right answer
+        listwise = jnp.sum(optax.softmax_cross_entropy(logits, target) * has) / answered
+        first = (right[jnp.arange(len(logits)), logits.argmax(1)] * has).sum() / answered
+        loss = pointwise + config.listwise * listwise
+        return loss, {
+            "loss": loss,
             "bce": pointwise,
             "list": listwise,
             "first": first,
@@ -216,9 +280,9 @@ def main(config: Config) -> None:
         print(f"resumed at step {step}")
 
     # --- loop -------------------------------------------------------------------------------
-    log = (config.out / "metrics.jsonl").open("a")
+    telemetry = Telemetry(config.out, steps=config.steps, first=step)
     batches = prefetch(source.batches(step))
-    since, timed, seen = time.time(), step, []
+    since, timed, seen = time.monotonic(), step, []
     with StopRequest() as stop:
         stopped = False
         while step < config.steps and not stopped:
@@ -226,28 +290,26 @@ def main(config: Config) -> None:
             seen.append(metrics)
             step += 1
             stopped = stop.asked()
-            if step % 20 == 0 or step == config.steps:
-                row = {k: round(float(np.mean([m[k] for m in seen])), 4) for k in metrics}
-                row |= {
-                    "step": step,
-                    "s_per_step": round((time.time() - since) / (step - timed), 2),
-                }
-                if not np.isfinite(sum(row.values())):
-                    raise RuntimeError(f"the loss is not finite at step {step}: {row}")
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(row, flush=True)
-                since, timed, seen = time.time(), step, []
+            telemetry.advance(step)
+            if step % config.report_every == 0 or step == config.steps or stopped:
+                row = results.averaged(seen)
+                seconds = (time.monotonic() - since) / (step - timed)
+                row |= {"seconds_per_step": seconds, "examples_per_second": config.lists / seconds}
+                telemetry.report(step, row)
+                since, timed, seen = time.monotonic(), step, []
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 checkpoints.save(step, (model, opt_state))
-        checkpoints.close()
-    if stopped:
+    checkpoints.close()
+    telemetry.close()
+    if step < config.steps:
         stop.leave()
+
+    # --- export -----------------------------------------------------------------------------
     if whole:
-        convert.export_like(model, config.start, config.out / "export")
+        convert.export_like(model, base, config.out / "export")
     else:
         hf.export(model, config.out / "export")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(configuration.command(main, PRESETS, __doc__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,8 +13,9 @@ from flax import nnx
 
 from training import builtin
 from training.builtin.rerank_rows import spoil
-from training.rerank import Config, RowSource, score
+from training.rerank import PRESETS, Config, RowSource, main, read_rows, score
 from tte_jax.builtin.models import RERANKER, path_of
+from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.reranker import Reranker
@@ -83,3 +85,58 @@ def test_spoilt_pictures_stay_pictures_of_the_same_size() -> None:
     spoilt = [spoil(picture, rng, 1.0) for _ in range(8)]
     assert {s.shape for s in spoilt} == {(112, 112, 3)} and spoilt[0].dtype == np.uint8
     assert all(s[45:65, 45:65].mean() < 160 < s[:10, :10].mean() for s in spoilt)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"query": "a", "candidates": ["b"]}',
+        '{"query": "a", "candidates": ["b"], "labels": [1, 0]}',
+        '{"query": "a", "candidates": ["b"], "labels": [2]}',
+        '{"query": "a", "candidates": [], "labels": []}',
+        '["query", "candidates", "labels"]',
+    ],
+)
+def test_a_row_that_is_none_is_named(rows: Path, line: str) -> None:
+    rows.write_text(rows.read_text() + line + "\n")
+    with pytest.raises(InvalidInputError, match=r"rows.jsonl:3: expected"):
+        read_rows(rows)
+
+
+def test_rows_that_teach_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="rerank_rows"):
+        read_rows(tmp_path / "none.jsonl")
+    (tmp_path / "wrong.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    with pytest.raises(InvalidInputError, match="no row with a right candidate"):
+        read_rows(tmp_path / "wrong.jsonl")
+
+
+def test_a_run_that_is_stopped_goes_on(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(
+        PRESETS["builtin"], rows=rows, start=path_of(RERANKER), lists=2, candidates=2, steps=4,
+        warmup=1, lr=1e-4, report_every=1,
+    )  # fmt: skip
+    main(replace(settings, out=tmp_path / "whole"))
+    from training import rerank
+
+    asked = iter([False, True, *[False] * 8])
+    monkeypatch.setattr(rerank.StopRequest, "asked", lambda self: next(asked))
+    parts = replace(settings, out=tmp_path / "parts")
+    with pytest.raises(SystemExit):  # whoever started it must not take this for the end
+        main(parts)
+    assert not (parts.out / "export").exists(), "it was stopped after two steps"
+    main(parts)
+
+    def told(out: Path) -> list[dict[str, float]]:
+        found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: r[k] for k in ("step", "loss", "first")} for r in found]
+
+    assert told(parts.out) == told(tmp_path / "whole") and len(told(parts.out)) == 4
+    ours, theirs = (
+        nnx.to_pure_dict(nnx.state(hf.load(out / "export")))
+        for out in (parts.out, tmp_path / "whole")
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
