@@ -50,7 +50,8 @@ class Config:
       data: folder built by `training.data.emoji`.
       work: the mined round and every run's ranks, in a folder for each state of the weights.
       ecrs: reasonings by content; `benchmarks.false_negatives` reads the same ones.
-      text, composed: training queries of each kind.
+      text, composed: training queries of each kind; families: of so many families of concepts, few
+        enough for other artists' drawings of what is wanted to be in the corpus.
       percent_of_positive: t of the filter; depth: candidates of a query.
       budget: reasoning tokens.
       asked: held-out queries of each task; pool: pictures that they choose among beside the right
@@ -65,6 +66,7 @@ class Config:
     model: str = models.EMBEDDER
     text: int = 800
     composed: int = 800
+    families: int = 300
     percent_of_positive: float = 1.0
     depth: int = 100
     budget: int = 64
@@ -76,7 +78,8 @@ class Config:
 
     @property
     def source(self) -> str:
-        return f"emoji:{self.data}?text={self.text}&composed={self.composed}&seed={self.seed}"
+        counts = f"text={self.text}&composed={self.composed}&families={self.families}"
+        return f"emoji:{self.data}?{counts}&seed={self.seed}"
 
 
 def mined(

@@ -145,8 +145,8 @@ class Loop:
             return "training"
         return "mining" if list(self.space.rounds.glob("*.open")) else "embedding"
 
-    def bytes(self, rounds: int) -> dict[str, str]:
-        """Hashes of all rounds and retrievers."""
+    def hashes(self, rounds: int) -> dict[str, str]:
+        """Of all rounds and retrievers."""
         made = {f"round {n}": tree_hash(self.space.round(n)) for n in range(rounds)}
         return made | {f"retriever {n}": tree_hash(self.space.retriever(n)) for n in range(rounds)}
 
@@ -189,8 +189,8 @@ def main(options: Options) -> int:
     second.start()
     second.wait()
     length = time.monotonic() - begun
-    wanted = whole.bytes(options.rounds)
-    different = [n for n, h in second.bytes(options.rounds).items() if h != wanted[n]]
+    wanted = whole.hashes(options.rounds)
+    different = [n for n, h in second.hashes(options.rounds).items() if h != wanted[n]]
     shutil.rmtree(second.space.root)
 
     choose = random.Random(options.seed)
@@ -202,7 +202,7 @@ def main(options: Options) -> int:
 
     def finished() -> None:
         nonlocal runs
-        different.extend(n for n, h in run.bytes(options.rounds).items() if h != wanted[n])
+        different.extend(n for n, h in run.hashes(options.rounds).items() if h != wanted[n])
         lost.extend(run.unlike(examples, options.rounds))
         runs += 1
         shutil.rmtree(run.space.root)

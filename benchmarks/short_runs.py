@@ -109,7 +109,7 @@ class ShortRuns:
             global_batch=recipe.batch,
             sub_batch=recipe.batch,
             counts=Counts(1, count),
-            packing=Packing(lengths=(128,), tokens=2048, slots=8, patches=64),
+            packing=Packing(lengths=(128,), tokens=1024, slots=8, patches=64),
             optimiser=Optimiser(lr=recipe.lr, schedule="cosine", weight_decay=0.01),
             no_ecr=0.0,
             grad_cache=True,

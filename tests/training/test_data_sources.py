@@ -251,6 +251,14 @@ def test_drawings_as_examples():
     assert told.query.ecr == told.positives[0].ecr
     with pytest.raises(InvalidInputError, match="family"):
         EmojiSource(data, "composed", 5, group="family")
+    # Only one family, whatever is asked for; another seed draws another one in the end.
+    drawn = set()
+    for seed in range(8):
+        few = EmojiSource(data, "text", 12, seed=seed, families=1)
+        of = {concepts[few[i].group.removeprefix("emoji:")].family for i in range(12)}
+        assert len(of) == 1
+        drawn |= of
+    assert len(drawn) > 1
 
 
 def _pixels(data: bytes | None) -> bytes:

@@ -36,6 +36,8 @@ class EmojiSource(RowSource):
       group: "concept", or "family" for drawings that differ only in gender, skin tone and hair to
         count as the same too. Composed queries need "concept", since their wrong answers are
         exactly those.
+      families: only concepts of so many families, drawn by `seed`, the same ones for every kind; 0
+        = all. Fewer make several queries, and several artists' drawings, of each concept.
       truth: give every document and query the ECR that the concept should get. It names the
         answer, so it is for upper bounds and for tests; `training.reason` writes real ones.
 
@@ -51,6 +53,7 @@ class EmojiSource(RowSource):
         *,
         seed: int = 0,
         group: str = "concept",
+        families: int = 0,
         truth: bool = False,
     ) -> None:
         if kind not in KINDS or group not in GROUPS or (kind == "composed" and group != "concept"):
@@ -68,6 +71,12 @@ class EmojiSource(RowSource):
         for row in originals:
             self._originals.setdefault(int(data.concept_ids[row]), []).append(int(row))
         self._drawn = np.array([int(c) in self._originals for c in self._table.concepts])
+        if families:
+            of = [data.concepts[int(c)].family for c in self._table.concepts]
+            names = np.random.default_rng((seed, len(KINDS))).permutation(sorted(set(of)))
+            self._drawn &= np.isin(of, names[:families])
+        if not self._drawn.any():
+            raise InvalidInputError(f"none of {families} families has a drawing to train on")
         self._changes = self._pairs() if kind == "composed" else []
         if kind == "composed" and not self._changes:
             raise InvalidInputError("no family of the data set has two variants to change between")

@@ -27,7 +27,7 @@ _OPTIONS = {
     "jsonl": {"media", "dataset"},
     "hf": {"split", "subset", "dataset", "media", "limit", *_COLUMNS},
     "mmeb": {"root"},
-    "emoji": {"text", "image", "composed", "seed", "truth"},
+    "emoji": {"text", "image", "composed", "seed", "families", "truth"},
 }
 
 
@@ -120,11 +120,16 @@ def _open(kind: str, path: Path, options: dict[str, str], spec: str) -> ExampleS
         counts = {"text": 3000, "image": 1000, "composed": 2000}
     seed = _number(options.get("seed", "0"), "seed", spec)
     truth = options.get("truth", "0") not in ("0", "")
+    families = _number(options.get("families", "0"), "families", spec)
+
+    def source(kind: str, count: int) -> EmojiSource:
+        return EmojiSource(data, kind, count, seed=seed, families=families, truth=truth)
+
     return Mixture(
         [
-            Weighted(f"emoji-{k}", EmojiSource(data, k, n, seed=seed, truth=truth), float(n))
-            for k, n in counts.items()
-            if n
+            Weighted(f"emoji-{kind}", source(kind, count), float(count))
+            for kind, count in counts.items()
+            if count
         ]
     )
 

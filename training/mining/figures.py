@@ -30,7 +30,7 @@ def figures(round: Round, table: Table, found: np.ndarray | None = None) -> dict
     records = [record for record in round if record.positive_score is not None]
     if not records or found is None:
         return made
-    made["positive_score"] = float(np.mean([r.positive_score for r in records]))
+    made["positive_score"] = float(np.mean([r.positive_score or 0.0 for r in records]))
     hardness = [
         (one.score or 0.0) / r.positive_score
         for r in records
