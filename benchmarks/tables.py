@@ -44,8 +44,8 @@ _SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOT
 
 @dataclass(frozen=True)
 class Measured:
-    """A table of a result file: its name under `benchmarks/results/`, the command that makes it
-    (empty while there is none), and what turns it into Markdown."""
+    """A table of a result file: its name under `benchmarks/results/`, the command that makes it,
+    and what turns it into Markdown."""
 
     file: str
     command: str
@@ -155,11 +155,6 @@ def quantisation(result: Mapping[str, Any]) -> str:
     return table(head, rows) + _footnote(result)
 
 
-def rows(result: Mapping[str, Any]) -> str:
-    """A result that is a table already: `head` and `rows`."""
-    return table(result["head"], result["rows"]) + _footnote(result)
-
-
 def parity(result: Mapping[str, Any]) -> str:
     """Largest deviation of fp32 logits from the reference, family by case."""
     found, limit = result["largest_deviation_of_logits"], result["limit"]
@@ -235,8 +230,7 @@ def render(name: str, results: Path) -> str:
     measured = MEASURED[name]
     path = results / measured.file
     if not path.is_file():
-        how = f": `{measured.command}` makes this table" if measured.command else ""
-        return f"*Not measured yet{how}.*\n"
+        return f"*Not measured yet: `{measured.command}` makes this table.*\n"
     return measured.render(json.loads(path.read_text()))
 
 

@@ -67,15 +67,6 @@ def test_a_missing_result_leaves_the_command_that_makes_it(tmp_path: Path) -> No
     assert tables.filled(text, tmp_path) == text
 
 
-def test_a_table_without_a_command_yet_says_no_more_than_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(tables.MEASURED, "startup", tables.Measured("x.json", "", tables.rows))
-    assert tables.render("startup", tmp_path) == "*Not measured yet.*\n"
-    (tmp_path / "x.json").write_text(json.dumps(ABOUT | {"head": ["a"], "rows": [["7"]]}))
-    assert "| a |\n| --- |\n| 7 |\n" in tables.render("startup", tmp_path)
-
-
 def test_latency_shows_quantiles_stages_and_where_they_were_measured(tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text(json.dumps(SEARCH))
     text = tables.render("latency", tmp_path)
