@@ -32,6 +32,7 @@ from training.parameters import Split, Tuning
 from training.sequences import Counts
 from tte_jax.builtin import models
 from tte_jax.engine.inputs import ImageInput, ModelInput, model_input
+from tte_jax.errors import InternalError
 from tte_jax.models.config import ModelConfig
 from tte_jax.preprocess.template import Prompt
 from tte_jax.weights import hf
@@ -173,10 +174,7 @@ def memory(options: Options, tuning: Tuning) -> dict[str, Any]:
             "loss": run.loss.lower(buffer, trees[0], labels(batch, 0)),
             "backward": run.backward.lower(*trees, part, key, buffer, trees[0]),
         }
-        found[str(batch)] = {
-            name: one.compile().memory_analysis().temp_size_in_bytes
-            for name, one in lowered.items()
-        }
+        found[str(batch)] = {name: temporaries(one) for name, one in lowered.items()}
         found[str(batch)]["vectors"] = 2 * batch * size * 4
         if batch in options.direct:
             found[str(batch)]["direct"] = _direct(options, parts, trees, batch, rng)
@@ -194,7 +192,15 @@ def _direct(
     keys = [jax.random.key(i) for i in range(len(made))]
     rows, size = 2 * batch, parts.config.text.hidden_size
     lowered = run.direct.lower(*trees, made, keys, labels(batch, 0), rows=rows, size=size)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    return temporaries(lowered)
+
+
+def temporaries(lowered: jax.stages.Lowered) -> int:
+    """Bytes that the compiled program holds beside its arguments and results."""
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        raise InternalError("XLA tells nothing of a program's memory on this backend")
+    return analysis.temp_size_in_bytes
 
 
 def _sub_batches(

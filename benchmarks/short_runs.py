@@ -94,7 +94,7 @@ class ShortRuns:
             found = self.heldout.ranks(embedder, self.store)
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part.npz")
-        arrays = {str(i): found[name] for i, name in enumerate(self.heldout.tasks)}
+        arrays: dict[str, Any] = {str(i): found[name] for i, name in enumerate(self.heldout.tasks)}
         np.savez(part, seconds=np.float64(seconds), **arrays)
         part.rename(kept)
 
