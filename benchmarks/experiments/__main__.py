@@ -89,6 +89,7 @@ class Models:
         self.embedder = self._role(Embedder, EMBEDDER)
         self.reranker = self._role(Reranker, RERANKER)
         self.remembered = Remembered(LocalEmbedder(self.embedder))
+        self._stages: dict[str, Stages] = {}
 
     def versions(self) -> dict[str, str]:
         roles = (self.reasoner, self.embedder, self.reranker)
@@ -96,11 +97,13 @@ class Models:
 
     def stages(self, name: str) -> Stages:
         """With one of `plan.REASONERS`, whose candidates' ECRs are kept on disk."""
-        inner = self._reasoner(name)
-        if name != plan.ORACLE:
-            version = f"{self.reasoner.version} {name}"
-            inner = Cached(inner, self.work / "ecrs" / f"{name}.jsonl", models=version)
-        return Stages(inner, self.remembered, LocalReranker(self.reranker))
+        if name not in self._stages:
+            inner = self._reasoner(name)
+            if name != plan.ORACLE:
+                version = f"{self.reasoner.version} {name}"
+                inner = Cached(inner, self.work / "ecrs" / f"{name}.jsonl", models=version)
+            self._stages[name] = Stages(inner, self.remembered, LocalReranker(self.reranker))
+        return self._stages[name]
 
     def _reasoner(self, name: str) -> ReasonerStage:
         local = LocalReasoner(self.reasoner)
@@ -196,9 +199,9 @@ async def run(config: Config) -> Path:
         for experiment in config.only or tuple(plan.EXPERIMENTS):
             began = time.monotonic()
             for reasoner, arms in plan.wanted([experiment]).items():
-                stages = made.stages(reasoner)
-                for case in cases.values():
-                    await pieces.run(kept, reasoner, case, arms, stages)
+                for name in names:
+                    if left := kept.lacks(reasoner, name, arms):
+                        await pieces.run(kept, reasoner, cases[name], left, made.stages(reasoner))
             print(f"{experiment}: done after {time.monotonic() - began:.0f} s", flush=True)
             config.out.parent.mkdir(parents=True, exist_ok=True)
             found = result(kept, names, about)
@@ -223,5 +226,6 @@ if __name__ == "__main__":
     try:
         chosen = tyro.cli(Config)
     except InvalidInputError as error:
-        sys.exit(error.message)
+        print(error.message, file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(chosen))

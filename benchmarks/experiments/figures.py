@@ -7,6 +7,7 @@ version of the library drew it, whether it shows the committed result.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,17 +103,17 @@ def _ablation(found: Result, titles: Mapping[str, str]) -> Figure:
 def _strength(found: Result, titles: Mapping[str, str]) -> Figure:
     """Quality against the share of right reasonings, a point for each reasoner."""
     del titles
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
-    for label, row in found["rows"].items():
-        x, y = 100 * row["right"], 100 * row["hit@1"]
-        spread = [[abs(100 * end - y)] for end in row["interval"]]
-        axes.errorbar([x], [y], yerr=spread, fmt="o", ms=4, capsize=2, lw=1)
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    for mark, (label, row) in zip(itertools.cycle("osD^vP*X"), found["rows"].items()):  # noqa: B905
+        means, spread = _spread([row])
+        x = [100 * row["right"]]
+        axes.errorbar(x, means, yerr=spread, fmt=mark, ms=5, capsize=2, lw=1, label=label)
     axes.set_xlabel("ECRs whose answer is right, % (queries and candidates alike)")
     axes.set_ylabel("hit@1, mean over tasks, %")
-    axes.margins(x=0.2)
+    axes.set_xlim(0, 102)
     axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -35,6 +35,9 @@ class Kept:
     def has(self, reasoner: str, task: str, arm: str) -> bool:
         return self.path(reasoner, task, arm).is_file()
 
+    def lacks(self, reasoner: str, task: str, arms: Sequence[Arm]) -> list[Arm]:
+        return [arm for arm in arms if not self.has(reasoner, task, arm.name)]
+
     def read(self, reasoner: str, task: str, arm: str) -> dict[str, Any]:
         """Raises DataLossError for a file that cannot be read."""
         path = self.path(reasoner, task, arm)
@@ -57,17 +60,14 @@ class Kept:
 async def run(
     kept: Kept, reasoner: str, case: Case, arms: Sequence[Arm], stages: Stages, say: Say = print
 ) -> None:
-    """Runs those of `arms` that are not kept yet."""
+    """Runs `arms`, one after the other, each kept as soon as it is done."""
     name = case.task.name
-    left = [arm for arm in arms if not kept.has(reasoner, name, arm.name)]
-    if not left:
-        return
     noted = Noted(stages.reasoner)
     runner = TaskRunner(
         case.task, replace(stages, reasoner=noted), Settings(concurrency=CONCURRENCY)
     )
     began = time.monotonic()
-    async for result in runner.run(left):
+    async for result in runner.run(arms):
         seconds, began = time.monotonic() - began, time.monotonic()
         piece = record(result, case, noted, seconds=seconds)
         kept.write(reasoner, name, result.arm.name, piece)

@@ -81,8 +81,9 @@ def test_a_piece_says_what_came_of_every_query(tmp_path: Path) -> None:
 def test_a_kept_piece_is_not_run_again(tmp_path: Path) -> None:
     kept, (stages, reasoner) = pieces.Kept(tmp_path), fakes()
     for arms in (ARMS[:1], ARMS[:2], ARMS[:2]):
-        asyncio.run(pieces.run(kept, "fake", case(), arms, stages, say=lambda _: None))
-    assert len(reasoner.items) == 6
+        left = kept.lacks("fake", "toy", arms)
+        asyncio.run(pieces.run(kept, "fake", case(), left, stages, say=lambda _: None))
+    assert left == [] and len(reasoner.items) == 6
     kept.path("fake", "toy", "none").write_text("{")
     with pytest.raises(DataLossError, match=r"none.json cannot be read .*; delete it"):
         kept.read("fake", "toy", "none")
