@@ -19,8 +19,15 @@ from matplotlib.figure import Figure
 
 FOLDER = Path("docs/figures")
 # Text stays text, and ids do not change from run to run.
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "tte", "font.size": 9, "axes.grid": True,
-          "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tte",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 Result = Mapping[str, Any]
 

@@ -1,7 +1,6 @@
 """Which arms each experiment has, and what the papers say about them.
 
-`reference` numbers are sections of the papers' published method: 1 the names and the claim of the
-token budget, 2 the embedder, 4 reranking.
+The papers are TTE (arXiv 2510.05014) and TTE-v2 (arXiv 2602.23369).
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two pieces whose difference is tested.
+    """Two rows of an experiment, by their labels, whose difference is tested.
 
     Attributes:
       says: what the papers claim of `better` against `worse`; "" = nothing, only measured.
     """
 
-    worse: Piece
-    better: Piece
+    worse: str
+    better: str
     says: str = ""
 
 
@@ -81,24 +80,24 @@ def _budget() -> Experiment:
     alone = {t: _piece(_query(t)) for t in (0, *BUDGETS)}
     steps = (0, *BUDGETS)
     more = "more tokens, better retrieval"
+    pairs = [*zip(steps, steps[1:], strict=False), (0, WHOLE)]
     return Experiment(
         {f"both sides, {t}": p for t, p in both.items()}
         | {f"queries alone, {t}": p for t, p in alone.items()},
         [
-            *(Comparison(both[a], both[b], more) for a, b in zip(steps, steps[1:], strict=False)),
-            Comparison(both[0], both[WHOLE], more),
-            Comparison(alone[0], alone[WHOLE], more),
+            *(Comparison(f"both sides, {a}", f"both sides, {b}", more) for a, b in pairs),
+            Comparison("queries alone, 0", f"queries alone, {WHOLE}", more),
         ],
     )
 
 
 def _ablation() -> Experiment:
-    none, ecr, qar = _piece(NONE), _piece(ECR), _piece(QAR)
-    ecrr = {depth: _piece(_rerank(depth)) for depth in DEPTHS}
+    none, ecr, qar = "bi-encoder", "ECR", f"ECR + ECRR + QAR, first {DEPTH}"
+    ecrr = {depth: f"ECR + ECRR, first {depth}" for depth in DEPTHS}
     return Experiment(
-        {"bi-encoder": none, "ECR": ecr}
-        | {f"ECR + ECRR, first {depth}": piece for depth, piece in ecrr.items()}
-        | {f"ECR + ECRR + QAR, first {DEPTH}": qar},
+        {none: _piece(NONE), ecr: _piece(ECR)}
+        | {label: _piece(_rerank(depth)) for depth, label in ecrr.items()}
+        | {qar: _piece(QAR)},
         [
             Comparison(none, ecr, "TTE is better than the bi-encoder"),
             Comparison(ecr, ecrr[DEPTH], "reranking by ECRs is better than TTE alone"),
@@ -110,17 +109,18 @@ def _ablation() -> Experiment:
 
 
 def _strength() -> Experiment:
+    cuts = {f"… with {t} tokens": _piece(_ecr(t)) for t in BUDGETS[1::-1]}
     pieces = {title: _piece(ECR, name) for name, title in REASONERS.items()}
-    cuts = {f"… with {t} tokens": _piece(_ecr(t)) for t in BUDGETS[:2]}
-    shipped, oracle = pieces[REASONERS[SHIPPED]], pieces[REASONERS[ORACLE]]
+    shipped, oracle = REASONERS[SHIPPED], REASONERS[ORACLE]
     stronger = "a stronger reasoner, better retrieval"
-    weaker = [pieces[REASONERS[n]] for n in ("sampled", "coarse28", "coarse14")]
+    weaker = [REASONERS[name] for name in ("sampled", "coarse28", "coarse14")]
     return Experiment(
-        pieces | cuts,
+        {label: p for label, p in (pieces | cuts).items() if label != oracle}
+        | {oracle: pieces[oracle]},
         [
-            *(Comparison(piece, shipped, stronger) for piece in (*weaker, *cuts.values())),
+            *(Comparison(label, shipped, stronger) for label in (*weaker, *cuts)),
             Comparison(shipped, oracle, stronger),
-            Comparison(pieces[REASONERS["int8"]], shipped),
+            Comparison(REASONERS["int8"], shipped),
         ],
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.pieces import Kept
-from benchmarks.experiments.plan import EXPERIMENTS, SHIPPED, Comparison, Experiment, Piece
+from benchmarks.experiments.plan import EXPERIMENTS, SHIPPED, Comparison, Experiment
 from benchmarks.experiments.plan import NONE as WITHOUT
 from tte_jax.evaluation import significance
 
@@ -80,25 +80,25 @@ def figures(piece: dict[str, Any]) -> dict[str, Any]:
 def comparisons(kept: Kept, planned: Experiment, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """The experiment's comparisons with their intervals."""
     level = 1 - (1 - LEVEL) / max(len(planned.comparisons), 1)
-    labels = {piece: label for label, piece in planned.pieces.items()}
-    return [_compared(kept, one, labels, tasks, level) for one in planned.comparisons]
+    return [_compared(kept, planned, one, tasks, level) for one in planned.comparisons]
 
 
 def _compared(
-    kept: Kept, one: Comparison, labels: dict[Piece, str], tasks: Sequence[str], level: float
+    kept: Kept, planned: Experiment, one: Comparison, tasks: Sequence[str], level: float
 ) -> dict[str, Any]:
-    def pieces(piece: Piece) -> list[np.ndarray]:
+    def scores(label: str) -> list[np.ndarray]:
+        piece = planned.pieces[label]
         return [hits(kept.read(piece.reasoner, task, piece.arm)) for task in tasks]
 
-    pairs = list(zip(pieces(one.worse), pieces(one.better), strict=True))
+    pairs = list(zip(scores(one.worse), scores(one.better), strict=True))
     by_task = {
         task: significance.compare(a, b).as_json()
         for task, (a, b) in zip(tasks, pairs, strict=True)
     }
     over = significance.interval_of_tasks([b - a for a, b in pairs], level=level)
     return {
-        "worse": labels[one.worse],
-        "better": labels[one.better],
+        "worse": one.worse,
+        "better": one.better,
         "says": one.says,
         "difference": round(over.mean, 4),
         "low": round(over.low, 4),

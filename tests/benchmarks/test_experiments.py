@@ -194,8 +194,8 @@ def test_every_piece_of_the_plan_can_be_run() -> None:
     for name, one in plan.EXPERIMENTS.items():
         run = {(r, arm.name) for r, arms in plan.wanted([name]).items() for arm in arms}
         assert run == {(p.reasoner, p.arm) for p in one.pieces.values()}
-        compared = {p for c in one.comparisons for p in (c.worse, c.better)}
-        assert compared <= set(one.pieces.values())
+        compared = {label for c in one.comparisons for label in (c.worse, c.better)}
+        assert compared <= set(one.pieces)
     everything = plan.wanted(list(plan.EXPERIMENTS))
     assert set(everything) == set(plan.REASONERS)
     assert len(everything[plan.SHIPPED]) == len(plan.ARMS)

@@ -213,7 +213,7 @@ def _table(runs: Sequence[Run], labels: Sequence[str]) -> str:
 def _cell(task: TaskScore | None) -> str:
     if task is None:
         return ""
-    low, high = (100 * _number(task.info, "interval", end) for end in ("low", "high"))
+    low, high = _end(task, "low"), _end(task, "high")
     spread = "" if math.isnan(low + high) else f" <small>{low:.1f}–{high:.1f}</small>"
     return f"{100 * task.score:.2f}{spread}"
 
@@ -227,7 +227,12 @@ def _bars(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
     parts: list[str] = []
     for modality, names in groups.items():
         made = [
-            plots.Bars(label, *zip(*(_bar(run.tasks.get(n)) for n in names), strict=True))
+            plots.Bars(
+                label,
+                [100 * run.tasks[n].score if n in run.tasks else math.nan for n in names],
+                [_end(run.tasks.get(n), "low") for n in names],
+                [_end(run.tasks.get(n), "high") for n in names],
+            )
             for run, label in zip(runs, labels, strict=True)
         ]
         title = f"Scores of the {modality} tasks" if modality else "Scores"
@@ -235,11 +240,9 @@ def _bars(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
     return parts
 
 
-def _bar(task: TaskScore | None) -> tuple[float, float, float]:
-    if task is None:
-        return math.nan, math.nan, math.nan
-    ends = (100 * _number(task.info, "interval", end) for end in ("low", "high"))
-    return 100 * task.score, *ends
+def _end(task: TaskScore | None, end: str) -> float:
+    """An end of a score's interval, in percent; NaN where it is not known."""
+    return math.nan if task is None else 100 * _number(task.info, "interval", end)
 
 
 def _plot(svg: bytes, title: str) -> str:

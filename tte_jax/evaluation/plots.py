@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tte",  # the same ids, and so the same file, on every run
     "font.size": 9,
     "axes.spines.top": False,
@@ -102,7 +103,8 @@ def bars(tasks: Sequence[str], runs: Sequence[Bars]) -> bytes:
         return _svg(figure)
 
 
-def _look(run: int) -> tuple[str, tuple[float, ...] | str]:
+def _look(run: int) -> tuple[str, Any]:
+    """The mark and the colour of a run."""
     return _MARKS[run % len(_MARKS)], _COLOURS[run % len(_COLOURS)]
 
 
