@@ -88,7 +88,7 @@ def strength(result: Result) -> str:
     text = _experiment(result, "strength", "reasoner", head, cells)
     if found := result["experiments"].get("strength"):
         rows = list(found["rows"].values())
-        rho = spearmanr([r["right"] for r in rows], [r["hit@1"] for r in rows]).statistic
+        rho = spearmanr([r["right"] for r in rows], [r["hit@1"] for r in rows])[0]
         text += (
             f"\nRank correlation (Spearman) of right ECRs and hit@1 over these {len(rows)} "
             f"reasoners: {rho:+.2f}.\n"

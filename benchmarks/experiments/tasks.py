@@ -106,7 +106,7 @@ class _Maker:
             return list(keys)
         # One order for all tasks, so that they share candidates and their reasonings.
         order = np.random.default_rng(self.seed).permutation(len(keys))
-        others = [keys[i] for i in order if keys[i] not in right]
+        others = [key for key in (keys[int(i)] for i in order) if key not in right]
         return sorted(right) + others[: max(self.pool - len(right), 0)]
 
     def _made(
