@@ -39,9 +39,10 @@ from benchmarks.markdown import table
 from tte_jax.embedder import Embedder, EmbedJob
 from tte_jax.engine.executables import ExecutableTable, enable_compile_cache
 from tte_jax.engine.inputs import ImageInput, ModelInput
-from tte_jax.engine.programs import Stops
+from tte_jax.engine.jobs import Job
+from tte_jax.engine.next_token import Stops
 from tte_jax.engine.served_model import ServedModel
-from tte_jax.engine.slots import DecodeLoop, Job
+from tte_jax.engine.slots import DecodeLoop
 from tte_jax.models import qwen2_vl
 from tte_jax.models.config import ModelConfig
 from tte_jax.models.multimodal import MultimodalLM

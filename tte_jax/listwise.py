@@ -17,10 +17,11 @@ from tte_jax.content import Usage
 from tte_jax.engine.batcher import RequestQueue
 from tte_jax.engine.buckets import smallest
 from tte_jax.engine.inputs import model_input
-from tte_jax.engine.programs import Stops
+from tte_jax.engine.jobs import Generated, Job
+from tte_jax.engine.next_token import Stops
 from tte_jax.engine.role import Role
 from tte_jax.engine.served_model import ServedModel, open_model
-from tte_jax.engine.slots import DecodeLoop, Generated, Job
+from tte_jax.engine.slots import DecodeLoop
 from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.preprocess.ecr import END_THINK
 from tte_jax.preprocess.prompts_list import longest_order, parse_order

@@ -12,11 +12,12 @@ from tte_jax.content import NO_REASONING, Reasoning, Usage
 from tte_jax.engine.batcher import RequestQueue, as_tte, complete
 from tte_jax.engine.buckets import longest, smallest
 from tte_jax.engine.inputs import model_input
-from tte_jax.engine.programs import Stops
+from tte_jax.engine.jobs import Generated, Job, think_limit
+from tte_jax.engine.next_token import Stops
 from tte_jax.engine.role import Role, results, windows
 from tte_jax.engine.served_model import ServedModel
 from tte_jax.engine.slot_embedding import Continuation, continuation
-from tte_jax.engine.slots import DecodeLoop, Generated, Job, think_limit
+from tte_jax.engine.slots import DecodeLoop
 from tte_jax.engine.stop_texts import StopTexts
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import InvalidInputError, UnsupportedError

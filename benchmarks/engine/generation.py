@@ -15,7 +15,7 @@ from benchmarks.engine.embedding import picture
 from benchmarks.engine.rounds import interleave, ratio, row, spread
 from tte_jax.builtin import openmoji
 from tte_jax.content import Content, Side
-from tte_jax.engine.slots import NEVER
+from tte_jax.engine.jobs import NEVER
 from tte_jax.reasoner import Reasoner
 from tte_jax.stages import ReasonItem
 

@@ -16,6 +16,8 @@ import numpy as np
 from benchmarks.engine import models
 from benchmarks.engine.rounds import interleave, row, spread
 from tte_jax.engine import programs
+from tte_jax.engine.decode_state import DecodeState, abstract_state, empty_state
+from tte_jax.engine.next_token import Stops
 from tte_jax.models.registry import model_config
 from tte_jax.reasoner import Reasoner
 
@@ -119,25 +121,27 @@ def _decode(reasoner: Reasoner, steps: int) -> Callable[[], None]:
     """Runs one dispatch of one sequence that never ends: no token stops it."""
     table, served, buckets = reasoner.table, reasoner.served, reasoner.served.buckets
     slots, (rows, places) = buckets.slots, DECODE
-    nothing = programs.Stops(stop=(-1,), close_tag=(-1,), forced_close=(-1,))
+    nothing = Stops(stop=(-1,), close_tag=(-1,), forced_close=(-1,))
     table.add(
         UNENDING,
         DECODE,
-        partial(programs.decode, slots=rows, places=places, steps=steps, stops=nothing),
-        programs.abstract_state(
+        partial(programs.decode, places=places, steps=steps, stops=nothing),
+        abstract_state(
             served.model, slots=slots, length=buckets.cache_length, layout=served.layout
         ),
-        served.layout.whole(jnp.bool_, slots),
-        served.layout.whole(jnp.bool_, slots),
+        served.layout.whole(jnp.int32, rows),
+        served.layout.whole(jnp.bool_, rows),
+        served.layout.whole(jnp.bool_, rows),
         donate=(0,),
         tokens=rows,
     )
     table.warmup()
-    alive, closed = np.ones(slots, bool), np.zeros(slots, bool)
+    first = np.arange(rows, dtype=np.int32)
+    alive, closed = np.ones(rows, bool), np.zeros(rows, bool)
     holder = [_state(reasoner, done=False)]
 
     def run() -> None:
-        state, tokens, *_ = table.run(UNENDING, DECODE, holder[0], alive, closed)
+        state, tokens, *_ = table.run(UNENDING, DECODE, holder[0], first, alive, closed)
         tokens.block_until_ready()
         holder[0] = _at_start(state, done=False)
         assert int((np.asarray(tokens) >= 0).sum()) == steps
@@ -145,15 +149,13 @@ def _decode(reasoner: Reasoner, steps: int) -> Callable[[], None]:
     return run
 
 
-def _state(reasoner: Reasoner, *, done: bool) -> programs.DecodeState:
+def _state(reasoner: Reasoner, *, done: bool) -> DecodeState:
     buckets = reasoner.served.buckets
-    state = programs.empty_state(
-        reasoner.served.model, slots=buckets.slots, length=buckets.cache_length
-    )
+    state = empty_state(reasoner.served.model, slots=buckets.slots, length=buckets.cache_length)
     return _at_start(state, done=done)
 
 
-def _at_start(state: programs.DecodeState, *, done: bool) -> programs.DecodeState:
+def _at_start(state: DecodeState, *, done: bool) -> DecodeState:
     """The same caches with every slot at its 40th token and no end in sight."""
     slots = state.length.shape[0]
 

@@ -12,12 +12,13 @@ from tests import tiny_models
 from tte_jax.content import Content, Side
 from tte_jax.engine import programs
 from tte_jax.engine.buckets import Buckets
+from tte_jax.engine.decode_state import DecodeState, abstract_state, empty_state
 from tte_jax.engine.executables import ExecutableTable, backend_compiles
 from tte_jax.engine.inputs import ModelInput, model_input
+from tte_jax.engine.jobs import NEVER, Job, control_of
+from tte_jax.engine.next_token import Stops
 from tte_jax.engine.prefill import Filling, Prefill
-from tte_jax.engine.programs import DecodeState, Stops
 from tte_jax.engine.served_model import ServedModel, open_model
-from tte_jax.engine.slots import NEVER, Job, _control
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.stages import ReasonItem
 
@@ -44,7 +45,7 @@ class Engine:
         assert config is not None
         vision = VisionEncoder(self.table, config, b.images)
         where = {"slots": b.slots, "length": b.cache_length, "layout": self.table.layout}
-        abstract = programs.abstract_state(model, **where)
+        abstract = abstract_state(model, **where)
         self.prefill = Prefill(
             self.table,
             model,
@@ -55,7 +56,7 @@ class Engine:
             prefix_cache_bytes=self.cache_bytes,
         )
         self.table.warmup()
-        self.state: DecodeState = programs.empty_state(model, **where)
+        self.state: DecodeState = empty_state(model, **where)
 
     def dirty(self) -> None:
         """Fills the caches with what other sequences could have left."""
@@ -71,7 +72,7 @@ class Engine:
                 self.state = self.prefill.restore(self.state, filling)
             for dispatch in self.prefill.plan(left):
                 jobs = [Job(f.input, max_tokens=9, close_at=NEVER) for f in dispatch.fillings]
-                control = _control(jobs, dispatch.key[0])
+                control = control_of(jobs, dispatch.key[0])
                 self.state, out, _, failed = self.prefill.run(self.state, dispatch, control)
                 assert not np.asarray(failed)[: len(jobs)].any()
                 for row, (f, n) in enumerate(zip(dispatch.fillings, dispatch.counts, strict=True)):
@@ -293,3 +294,34 @@ def test_the_bound_in_bytes_holds(engines):
         assert len(cache) == 2
     finally:
         cache._max_bytes = bound
+
+
+@pytest.mark.parametrize(
+    ("shapes", "apart"),
+    [(((4, 32), (8, 32)), True), (((1, 32), (4, 32)), True), (((8, 32),), False)],
+)
+def test_texts_do_not_wait_for_the_features_of_others_images(shapes, apart):
+    """As long as two batches are about as cheap as one."""
+    served = open_model(tiny_models.vl_dir(), role="reasoner")
+    table = ExecutableTable(served.model)
+    buckets = Buckets(prefill=shapes, **COMMON)
+    where = {"slots": 8, "length": buckets.cache_length, "layout": table.layout}
+    prefill = Prefill(
+        table,
+        served.model,
+        buckets,
+        STOPS,
+        abstract_state(served.model, **where),
+        vision=None,
+        prefix_cache_bytes=0,
+    )
+    text, image = prompt(served, "a cat"), prompt(served, "", (1, 56, 56))
+    assert text.tokens <= 32 and image.tokens <= 32
+    inputs = [image, text, image, text, text, image, image, text]
+    plan = prefill.plan([prefill.start(one, slot) for slot, one in enumerate(inputs)])
+    read = [[f.slot for f in dispatch.fillings] for dispatch in plan]
+    texts, images = [1, 3, 4, 7], [0, 2, 5, 6]
+    if apart:
+        assert read == [texts, images]
+    else:
+        assert [sorted(slots) for slots in read] == [list(range(8))]

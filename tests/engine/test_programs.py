@@ -12,7 +12,8 @@ import pytest
 
 from tests import tiny_models
 from tte_jax.engine import programs
-from tte_jax.engine.programs import NO_TOKEN, Control, Stops
+from tte_jax.engine.decode_state import empty_state
+from tte_jax.engine.next_token import NO_TOKEN, Control, Stops, advance
 from tte_jax.weights import hf
 
 STOPS = Stops(stop=(2,), close_tag=(7, 8), forced_close=(7, 8, 9))
@@ -77,11 +78,9 @@ def decode_run(model, state, steps_left: int):
     state, first, _, _ = prefill(
         model, state, ids, positions, n, None, None, np.int32([2, 0]), n, control(2)
     )
-    decode = jax.jit(
-        partial(programs.decode, slots=SLOTS, places=LENGTH, steps=steps_left, stops=PLAIN)
-    )
-    alive, closed = np.array([True, False, True]), np.zeros(SLOTS, bool)
-    state, tokens, *_ = decode(model, state, alive, closed)
+    decode = jax.jit(partial(programs.decode, places=LENGTH, steps=steps_left, stops=PLAIN))
+    slots, closed = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, bool)
+    state, tokens, *_ = decode(model, state, slots, np.array([True, False, True]), closed)
     tokens = np.asarray(tokens)
     assert (tokens[:, 1] == NO_TOKEN).all()
     made = [
@@ -93,7 +92,7 @@ def decode_run(model, state, steps_left: int):
 
 def test_decoding_equals_one_forward_pass_over_prompt_and_answer(text):
     """Same tokens, and the same keys and values in every layer at every position."""
-    state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    state = empty_state(text, slots=SLOTS, length=LENGTH)
     ids, n, made, state = decode_run(text, state, 7)
     for row, slot in enumerate((2, 0)):
         whole = np.concatenate([ids[row, : n[row]], made[row]])
@@ -108,32 +107,88 @@ def test_decoding_equals_one_forward_pass_over_prompt_and_answer(text):
 
 
 def test_what_an_earlier_sequence_left_in_a_slot_changes_nothing(text):
-    clean = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    clean = empty_state(text, slots=SLOTS, length=LENGTH)
     rng = np.random.default_rng(1)
     noise = jnp.asarray(rng.normal(0, 50, clean.k.shape), clean.k.dtype)
     dirty = replace(clean, k=noise, v=-noise, length=jnp.full((SLOTS,), 9, jnp.int32))
     assert decode_run(text, clean, 7)[2] == decode_run(text, dirty, 7)[2]
 
 
-def test_few_slots_and_short_caches_decode_as_the_whole_does(text):
-    ids, positions, n = rows_of([5, 8], 8)
-    tokens = {}
-    for slots, places in ((2, 16), (SLOTS, LENGTH)):
-        state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
-        state, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
-            text, state, ids, positions, n, None, None, np.int32([0, 1]), n, control(2)
-        )
-        decode = jax.jit(partial(programs.decode, slots=slots, places=places, steps=4, stops=PLAIN))
-        alive, closed = np.ones(SLOTS, bool), np.zeros(SLOTS, bool)
+def filled_slots(model, slots: list[int]):
+    """A state with one prompt in each of some slots, and the prompts' lengths."""
+    ids, positions, n = rows_of([5, 8, 3][: len(slots)], 8)
+    prefill = jax.jit(partial(programs.prefill, stops=PLAIN))
+    state = empty_state(model, slots=SLOTS, length=LENGTH)
+    state, *_ = prefill(
+        model, state, ids, positions, n, None, None, np.int32(slots), n, control(len(slots))
+    )
+    return state, n
+
+
+@pytest.mark.parametrize("model", ["stacked", "apart", "turned"])
+def test_few_slots_and_short_caches_decode_as_the_whole_does(text, model):
+    """Whichever slots they are, in whatever order, and however their weights lie."""
+    form = {"stacked": text, "apart": text.apart(), "turned": text.apart(turned=True)}[model]
+    found = {}
+    for slots, places in (([2, 0], 16), ([0, 2], 16), ([0, 1, 2], LENGTH)):
+        state, n = filled_slots(text, [0, 2])
+        decode = jax.jit(partial(programs.decode, places=places, steps=4, stops=PLAIN))
+        alive, closed = np.array([s != 1 for s in slots]), np.zeros(len(slots), bool)
         # Twice, so that what the first call put back is what the second one reads.
-        state, one, *_ = decode(text, state, alive, closed)
-        state, two, *_ = decode(text, state, alive, closed)
-        tokens[slots] = np.concatenate([one, two])[:, :2].tolist()
-    assert tokens[2] == tokens[SLOTS]
+        state, one, *_ = decode(form, state, np.int32(slots), alive, closed)
+        state, two, *_ = decode(form, state, np.int32(slots), alive, closed)
+        tokens = np.concatenate([one, two])
+        found[tuple(slots)] = [tokens[:, slots.index(s)].tolist() for s in (0, 2)]
+        assert np.asarray(state.length).tolist() == [n[0] + 8, 0, n[1] + 8]
+        assert np.asarray(state.control.generated).tolist() == [9, 0, 9]
+    assert len({repr(f) for f in found.values()}) == 1, found
+
+
+def test_a_row_that_fills_the_shape_leaves_its_slot_as_it_is(text):
+    """Also a slot whose prompt is still being read: done, with places filled."""
+    before, _ = filled_slots(text, [0, 2])
+    decode = jax.jit(partial(programs.decode, places=16, steps=4, stops=PLAIN))
+    after, tokens, *_ = decode(
+        text, before, np.int32([0, 2]), np.array([True, False]), np.zeros(2, bool)
+    )
+    assert (np.asarray(tokens)[:, 1] == NO_TOKEN).all()
+    np.testing.assert_array_equal(after.k[:, 2], before.k[:, 2])
+    np.testing.assert_array_equal(after.v[:, 1:], before.v[:, 1:])
+    assert int(after.length[2]) == int(before.length[2])
+    assert bool(after.control.done[2]) and not bool(after.control.done[0])
+
+
+def test_a_sequence_is_the_same_to_the_bit_in_every_row_and_beside_anybody(text):
+    """Keys and values of 4 steps, in one program of two rows."""
+    decode = jax.jit(partial(programs.decode, places=16, steps=4, stops=PLAIN))
+    found = []
+    for slots, alive in (([0, 1], [1, 1]), ([1, 0], [1, 1]), ([0, 2], [1, 0]), ([2, 0], [1, 1])):
+        state, n = filled_slots(text, [0, 1, 2])
+        state, *_ = decode(text, state, np.int32(slots), np.array(alive) > 0, np.zeros(2, bool))
+        found.append(np.asarray(state.k[:, 0, : n[0] + 4]))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_sequences_that_end_within_a_dispatch_write_no_further(text):
+    state, n = filled_slots(text, [0, 1])
+    state = replace(state, control=replace(state.control, limit=jnp.int32([3, 100, 0])))
+    decode = jax.jit(partial(programs.decode, places=LENGTH, steps=6, stops=PLAIN))
+    after, tokens, _, done, _ = decode(
+        text,
+        state,
+        np.arange(SLOTS, dtype=np.int32),
+        np.array([1, 1, 0]) > 0,
+        np.zeros(SLOTS, bool),
+    )
+    assert (np.asarray(tokens)[:, 0] != NO_TOKEN).tolist() == [True] * 2 + [False] * 4
+    assert np.asarray(after.length).tolist() == [n[0] + 2, n[1] + 6, 0]
+    np.testing.assert_array_equal(after.k[:, 0, n[0] + 2 :], state.k[:, 0, n[0] + 2 :])
+    assert np.asarray(done).tolist() == [True, False, True]
 
 
 def test_a_padding_row_of_a_prefill_is_written_nowhere(text):
-    state = programs.empty_state(text, slots=SLOTS, length=LENGTH)
+    state = empty_state(text, slots=SLOTS, length=LENGTH)
     ids, positions, n = rows_of([5, 0], 8)
     after, *_ = jax.jit(partial(programs.prefill, stops=PLAIN))(
         text, state, ids, positions, n, None, None, np.int32([1, SLOTS]), n, control(2)
@@ -246,7 +301,7 @@ def test_what_is_no_number_stays_in_its_sequence(vl):
         assert np.isnan(z[1]).all()
 
 
-advance = jax.jit(partial(programs.advance, stops=STOPS))
+advance = jax.jit(partial(advance, stops=STOPS))
 
 
 def says(*wanted: int, vocabulary: int = 16):

@@ -12,8 +12,8 @@ from tte_jax.content import Content, Side
 from tte_jax.embedder import EmbedJob
 from tte_jax.engine.executables import backend_compiles
 from tte_jax.engine.inputs import ModelInput
+from tte_jax.engine.jobs import NEVER
 from tte_jax.engine.slot_embedding import LONG, SHORT, continuation
-from tte_jax.engine.slots import NEVER
 from tte_jax.stages import GREEDY, ReasonItem, Sampling
 
 WAIT_S = 60.0

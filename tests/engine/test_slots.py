@@ -14,7 +14,7 @@ import pytest
 from tests import tiny_models
 from tte_jax.content import NO_REASONING, Content, Side
 from tte_jax.engine.executables import backend_compiles
-from tte_jax.engine.slots import ANSWER_RESERVE, think_limit
+from tte_jax.engine.jobs import ANSWER_RESERVE, think_limit
 from tte_jax.errors import DeadlineExceededError, InternalError, InvalidInputError
 from tte_jax.reasoner import Reasoner
 from tte_jax.stages import EmbedItem, ReasonItem, Sampling
@@ -88,6 +88,26 @@ def test_what_runs_beside_a_sequence_does_not_change_it(reasoner):
         found = [f.result(WAIT_S).reasoning for f in some]
         if budget == 24:
             assert found == alone
+
+
+def test_few_sequences_decode_in_a_program_of_few_rows(reasoner, monkeypatch):
+    """Also when the slots that they are in are the last ones."""
+    run, shapes = reasoner.table.run, []
+
+    def seen(name, key, *arguments):
+        if name == "decode":
+            shapes.append(key)
+        return run(name, key, *arguments)
+
+    (alone,) = reasoner.reason([ITEMS[3]], 24)
+    monkeypatch.setattr(reasoner.table, "run", seen)
+    jobs = [
+        reasoner.prepare(one, budget) for one, budget in zip(ITEMS, (6, 6, 6, 24), strict=False)
+    ]
+    found = [f.result(WAIT_S) for f in reasoner.submit(jobs, wait=True)]
+    assert found[3].reasoning == alone
+    rows = [rows for rows, _ in shapes]
+    assert rows[0] == 4 and rows[-1] == 2 and rows == sorted(rows, reverse=True)
 
 
 def test_draws_depend_on_their_seed_alone(reasoner):

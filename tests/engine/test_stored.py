@@ -14,6 +14,7 @@ import pytest
 from tests import tiny_models
 from tte_jax.engine import executables, programs
 from tte_jax.engine.executables import ExecutableTable, backend_compiles, compile_cache_hits
+from tte_jax.engine.next_token import Stops, advance
 from tte_jax.engine.stored import StoredPrograms
 from tte_jax.weights import hf
 
@@ -56,19 +57,19 @@ def test_a_torn_file_is_not_used(store):
 
 
 def test_keys_tell_apart_what_makes_another_program(store):
-    stops = programs.Stops(stop=(1,), close_tag=(2,), forced_close=(2, 3))
-    others = programs.Stops(stop=(1,), close_tag=(2,), forced_close=(2, 4))
+    stops = Stops(stop=(1,), close_tag=(2,), forced_close=(2, 3))
+    others = Stops(stop=(1,), close_tag=(2,), forced_close=(2, 4))
     shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     keys = [
         store.key(programs.normalised, shape),
         store.key(programs.normalised, jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)),
         store.key(programs.normalised, jax.ShapeDtypeStruct((3, 2), jnp.float32)),
         store.key(programs.pooled, shape),
-        store.key(partial(programs.advance, stops=stops), shape),
-        store.key(partial(programs.advance, stops=others), shape),
+        store.key(partial(advance, stops=stops), shape),
+        store.key(partial(advance, stops=others), shape),
     ]
     assert None not in keys and len(set(keys)) == len(keys)
-    assert store.key(partial(programs.advance, stops=stops), shape) == keys[4]
+    assert store.key(partial(advance, stops=stops), shape) == keys[4]
 
 
 def test_what_cannot_be_named_is_not_kept(store):
@@ -76,7 +77,7 @@ def test_what_cannot_be_named_is_not_kept(store):
     unnamed: list[Any] = [
         lambda model, x: x,
         test_what_cannot_be_named_is_not_kept,  # of a module that is not part of the key
-        partial(programs.advance, stops=bound),  # says no more than its address
+        partial(advance, stops=bound),  # says no more than its address
     ]
     assert [store.key(function) for function in unnamed] == [None] * 3
 

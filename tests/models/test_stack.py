@@ -10,6 +10,8 @@ import pytest
 from tests import tiny_models
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.stack import Apart, part
+from tte_jax.models.text import DecoderLayers
+from tte_jax.nn.linear import TurnedWeight
 from tte_jax.preprocess.vision_plan import plan_vision
 from tte_jax.weights import hf
 
@@ -36,6 +38,17 @@ def test_a_model_apart_computes_the_same(model: MultimodalLM) -> None:
     assert isinstance(model.text.layers.weights(), dict)
     layers = copy.text.layers.weights()
     assert isinstance(layers, list) and len(layers) == model.config.text.layers
+
+
+def test_a_turned_model_computes_the_same(model: MultimodalLM) -> None:
+    turned = model.apart(turned=True)
+    np.testing.assert_allclose(logits(turned), logits(model), atol=1e-5)
+    weights = turned.text.layers.weights()
+    assert isinstance(weights, list)
+    kinds = {name for name, value in weights[0].items() if isinstance(value, TurnedWeight)}
+    assert kinds == set(DecoderLayers.matrices)
+    ids = (3, 400)
+    np.testing.assert_array_equal(turned.text.head_rows(ids), model.text.head_rows(ids))
 
 
 def test_memory_is_shared_where_it_is_aligned(model: MultimodalLM) -> None:

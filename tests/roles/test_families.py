@@ -14,7 +14,7 @@ import tte_jax
 from tests import tiny_models
 from tte_jax.content import Content, Side
 from tte_jax.embedder import Embedder
-from tte_jax.engine.slots import NEVER
+from tte_jax.engine.jobs import NEVER
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.preprocess.template import Prompt
 from tte_jax.reasoner import Reasoner

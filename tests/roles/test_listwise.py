@@ -17,7 +17,7 @@ from servers.settings import Settings
 from tests import compile_cache, tiny_models
 from tte.v1 import reranker_pb2, reranker_pb2_grpc
 from tte_jax.client import RemoteReranker
-from tte_jax.engine.slots import Generated
+from tte_jax.engine.jobs import Generated
 from tte_jax.errors import InvalidInputError, PreconditionError, UnsupportedError
 from tte_jax.listwise import ListwiseReranker
 from tte_jax.preprocess.prompts_list import parse_order

@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     # pictures take the larger ones. A query alone has small shapes, a corpus on its way in has 16.
     buckets: dict[str, Any] = {
         "images": [[1, 16], [8, 16], [1, 64]],
-        "prefill": [[1, 32], [16, 32], [1, 64], [4, 128]],
+        "prefill": [[1, 32], [8, 32], [16, 32], [1, 64], [4, 128]],
         "embed": [[1, 48], [1, 128], [8, 128], [1, 256]],
         "prefix": [48, 256],
         "score": [[10, 32], [4, 64], [4, 128]],

@@ -38,10 +38,10 @@ class Buckets:
       prefix: S: tokens of a shared prefix: one query of the reranker; what many prompts of a
         reasoner with `append` begin with.
       score: (N, T): N candidates of at most T tokens behind one prefix.
-      decode: (slots, S): the first slots over the first S places of their caches. The most slots
-        are the number of slots; smaller shapes run while few slots are taken (one query alone need
-        not pay for all) and while all sequences are short (reading the caches is much of a step).
-        The whole of it, (slots, `cache_length`), is always there.
+      decode: (rows, S): so many slots over the first S places of their caches. The most rows are
+        the number of slots; smaller shapes run while few slots decode (one query alone need not pay
+        for all) and while all sequences are short (reading the caches is much of a step). The whole
+        of it, (slots, `cache_length`), is always there.
       new_tokens: the largest token budget of one reasoning.
       decode_steps: tokens per slot and dispatch; also how late a cancellation is seen.
     """
@@ -52,7 +52,7 @@ class Buckets:
     embed: tuple[Shape, ...] = ()
     prefix: tuple[int, ...] = ()
     score: tuple[Shape, ...] = ()
-    decode: tuple[Shape, ...] = ((1, 112), (4, 112), (16, 112))
+    decode: tuple[Shape, ...] = ((1, 112), (4, 112), (8, 112), (16, 112))
     new_tokens: int = 96
     decode_steps: int = 8
 

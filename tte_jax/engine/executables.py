@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ FEW_TOKENS = 256
 come from memory: of 114 M parameters, 8 steps of one sequence take 596 ms stacked and 281 ms apart,
 of four 1,107 and 713 (two busy cores). Models of up to `CACHED_BYTES` gain a fifth for one sequence
 and nothing beyond."""
+
+
+TURNED_TOKENS = 32
+TURNED_BYTES = 2 * 2**30
+"""Up to so many tokens, weights that lie with their outputs first (`TurnedWeight`) are read faster.
+They are a second copy of the decoder, so not of models beyond these bytes."""
 
 
 class _CompileCounter:
@@ -157,12 +164,13 @@ class ExecutableTable:
 
     def __init__(self, model: MultimodalLM, layout: Layout = ONE_DEVICE) -> None:
         self.layout = layout
-        self._stacked = self._apart = _Parameters.of(model)
-        self._few_tokens = 0
+        self._model = model
+        self._stacked = _Parameters.of(model)
+        self._few_tokens = self._turned_tokens = 0
         if layout.mesh is None and jax.default_backend() == "cpu":
-            self._apart = _Parameters.of(model.apart())
             size = sum(x.nbytes for x in self._stacked.leaves)
             self._few_tokens = FEW_TOKENS if size > CACHED_BYTES else 1
+            self._turned_tokens = TURNED_TOKENS if size <= TURNED_BYTES else 0
         self._programs: dict[tuple[str, Hashable], _Program] = {}
         self._table: dict[tuple[str, Hashable], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -194,8 +202,20 @@ class ExecutableTable:
           arguments: pytrees of `jax.ShapeDtypeStruct`, made by `layout`.
           donate: which of `arguments` (from 0) the program may overwrite.
         """
-        of = self._apart if 0 < tokens <= self._few_tokens else self._stacked
+        of = self._stacked
+        if 0 < tokens <= self._turned_tokens:
+            of = self._turned
+        elif 0 < tokens <= self._few_tokens:
+            of = self._apart
         self._programs[name, key] = _Program(function, arguments, donate, of)
+
+    @cached_property
+    def _apart(self) -> _Parameters:
+        return _Parameters.of(self._model.apart())
+
+    @cached_property
+    def _turned(self) -> _Parameters:
+        return _Parameters.of(self._model.apart(turned=True))
 
     def cancel(self) -> None:
         """Ends a running warm-up after the programs that compile at this moment."""

@@ -21,13 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from tte_jax.engine import programs
-from tte_jax.engine.buckets import DISPATCH_TOKENS, AppendShape, Buckets, longest, plan_batches
+from tte_jax.engine.buckets import (
+    DISPATCH_TOKENS,
+    AppendShape,
+    Buckets,
+    Shape,
+    longest,
+    plan_batches,
+)
+from tte_jax.engine.decode_state import DecodeState
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
+from tte_jax.engine.next_token import Control, Stops
 from tte_jax.engine.prefix_cache import Beginning, PrefixCache
-from tte_jax.engine.programs import Control, DecodeState, Stops
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.models.multimodal import MultimodalLM
+
+APART = 1.125
+"""How much more the prompts without images may cost when they are read before the others."""
 
 
 @dataclass(eq=False)
@@ -70,6 +81,9 @@ class Dispatch:
     @property
     def shape(self) -> tuple[int, int]:
         return self.key[0], self.key[1]
+
+
+_Batch = tuple[Shape, tuple[Filling, ...]]
 
 
 class Prefill:
@@ -259,21 +273,32 @@ class Prefill:
         return tokens <= longest(b.prefill) and not in_pieces
 
     def _whole(self, fillings: Sequence[Filling]) -> list[Dispatch]:
+        batches = self._batches(fillings)
+        groups = [
+            [f for f in fillings if bool(f.input.images) is images] for images in (False, True)
+        ]
+        apart = [batch for group in groups for batch in self._batches(group)]
+        # Nobody should wait for the features of others' images, where that is not dear.
+        if _cost(apart) <= APART * _cost(batches):
+            batches = apart
+        if self._budget is not None:  # what has waited longest is surely among what is read now
+            since = {id(f): i for i, f in enumerate(fillings)}
+            batches.sort(key=lambda batch: min(since[id(f)] for f in batch[1]))
+        chosen: list[Dispatch] = []
+        places = 0
+        for shape, some in batches:
+            places += shape[0] * shape[1]
+            if chosen and self._budget is not None and places > self._budget:
+                break
+            counts = tuple(f.input.tokens for f in some)
+            chosen.append(Dispatch("prefill", shape, some, counts))
+        return chosen
+
+    def _batches(self, fillings: Sequence[Filling]) -> list[_Batch]:
         plan = plan_batches(
             [f.input.tokens for f in fillings], self._buckets.prefill, what="the prompt"
         )
-        if self._budget is not None:  # what has waited longest is surely among what is read now
-            plan.sort(key=lambda batch: min(batch.rows))
-        chosen: list[Dispatch] = []
-        places = 0
-        for batch in plan:
-            places += batch.shape[0] * batch.shape[1]
-            if chosen and self._budget is not None and places > self._budget:
-                break
-            some = tuple(fillings[i] for i in batch.rows)
-            counts = tuple(f.input.tokens for f in some)
-            chosen.append(Dispatch("prefill", batch.shape, some, counts))
-        return chosen
+        return [(batch.shape, tuple(fillings[i] for i in batch.rows)) for batch in plan]
 
     def _pieces(self, fillings: Sequence[Filling]) -> Dispatch:
         """The next piece of the first prompt, and of others that fit into the same shape.
@@ -329,3 +354,7 @@ class Prefill:
             cut = piece.images[-1:] if piece.clipped[1] else ()
             filling.held = {i.key: features[i.key] for i in cut}
         return features, saved
+
+
+def _cost(batches: Sequence[_Batch]) -> int:
+    return sum(rows * tokens + DISPATCH_TOKENS for (rows, tokens), _ in batches)

@@ -24,9 +24,9 @@ from jaxtyping import Array, Int
 
 from tte_jax.engine.buckets import DISPATCH_TOKENS, Buckets
 from tte_jax.engine.cache import ByteLru
+from tte_jax.engine.decode_state import DecodeState
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput
-from tte_jax.engine.programs import DecodeState
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 

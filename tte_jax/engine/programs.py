@@ -7,7 +7,8 @@ tokens of each row are real, and nothing that padding holds changes a result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,83 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from tte_jax.engine.layout import ONE_DEVICE, Layout
+from tte_jax.engine.decode_state import DecodeState, cached
+from tte_jax.engine.next_token import NO_TOKEN, Control, Stops, advance
 from tte_jax.models.multimodal import MultimodalLM
+from tte_jax.models.stack import Apart, PerLayer
 from tte_jax.models.text import KVCache
 from tte_jax.nn.linear import explicit_spec, gathered
-
-NO_TOKEN = -1
-
-Leaf = Any
-"""An array of the device, or a NumPy one on its way there."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """What decides each slot's next token. All fields are [B].
-
-    Attributes:
-      last_token: int32, the token to be read next.
-      generated: int32, new tokens so far, forced ones included.
-      limit: int32, the budget; never exceeded.
-      close_at: int32, value of `generated` at which an open think block is closed by force.
-      forced: int32, how many tokens of the forced close were written; -1 = not forcing.
-      matched: int32, how many tokens of the close tag the newest tokens match.
-      closed: bool, the think block has been closed, by the model or by force.
-      done: bool, stopped or empty.
-      failed: bool, the logits were not finite; the slot is done.
-      temperature: float32, 0 = greedy.
-      top_p: float32, nucleus; 1 = all tokens.
-      seed: uint32; token i of a slot depends on (seed, i) alone, not on its neighbours.
-    """
-
-    last_token: Leaf
-    generated: Leaf
-    limit: Leaf
-    close_at: Leaf
-    forced: Leaf
-    matched: Leaf
-    closed: Leaf
-    done: Leaf
-    failed: Leaf
-    temperature: Leaf
-    top_p: Leaf
-    seed: Leaf
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class DecodeState:
-    """The slots; donated to every program that changes them.
-
-    Attributes:
-      k, v: [L B S K H] keys and values; place j of slot b counts when j < length[b].
-      length: [B] int32 filled places.
-      next_pos: [B] int32 rotary position of the next token (all three axes are equal for text).
-      control: see `Control`.
-    """
-
-    k: Array
-    v: Array
-    length: Array
-    next_pos: Array
-    control: Control
-
-
-@dataclass(frozen=True)
-class Stops:
-    """Token ids the decode loop knows by value.
-
-    Attributes:
-      stop: ids that end a sequence.
-      close_tag: ids of `</think>`, the sign that the model closed its thinking.
-      forced_close: ids written by force at the limit: the tag and the answer's label.
-    """
-
-    stop: tuple[int, ...]
-    close_tag: tuple[int, ...]
-    forced_close: tuple[int, ...]
 
 
 def encode_images(
@@ -208,8 +138,8 @@ def prefill(
     tokens = ids.shape[1]
     k, v = gathered(k, like=state.k), gathered(v, like=state.v)
     state = DecodeState(
-        k=state.k.at[:, slots, :tokens].set(_cached(k, state.k), mode="drop"),
-        v=state.v.at[:, slots, :tokens].set(_cached(v, state.v), mode="drop"),
+        k=state.k.at[:, slots, :tokens].set(cached(k, state.k), mode="drop"),
+        v=state.v.at[:, slots, :tokens].set(cached(v, state.v), mode="drop"),
         length=state.length.at[slots].set(gathered(n), mode="drop"),
         next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
         control=jax.tree.map(
@@ -265,8 +195,8 @@ def append(
     place = jnp.where(valid, start[:, None] + jnp.arange(ids.shape[1])[None, :], whole)
     k, v = gathered(k, like=state.k), gathered(v, like=state.v)
     state = DecodeState(
-        k=state.k.at[:, row, place].set(_cached(k, state.k), mode="drop"),
-        v=state.v.at[:, row, place].set(_cached(v, state.v), mode="drop"),
+        k=state.k.at[:, row, place].set(cached(k, state.k), mode="drop"),
+        v=state.v.at[:, row, place].set(cached(v, state.v), mode="drop"),
         length=state.length.at[slots].set(start + n, mode="drop"),
         next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
         control=jax.tree.map(
@@ -279,125 +209,106 @@ def append(
 def decode(
     model: MultimodalLM,
     state: DecodeState,
+    slots: Int[Array, " B"],
     alive: Bool[Array, " B"],
     closed: Bool[Array, " B"],
     *,
-    slots: int,
     places: int,
     steps: int,
     stops: Stops,
 ) -> tuple[DecodeState, Int[Array, "k B"], Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
-    """`steps` tokens for the first `slots` slots, over the first `places` places of their caches.
+    """`steps` tokens for some of the slots, over the first `places` places of their caches.
 
-    Reading the caches is a large part of a step, so short sequences should not pay for long ones.
+    Few slots should not pay for all, nor short sequences for long ones: their part of the caches is
+    taken out once. The steps only read it, and keep what they add beside it; that is written to the
+    slots at the end. (A cache that is read and written in every step was copied in every step.)
+
+        attended to at step i     | places of the slot | steps 0 .. i-1 | the token itself |
+
     Where all slots are done, the rest of the steps is not run.
 
     Args:
       state: donated.
-      alive: False stops a slot: its caller has gone.
+      slots: the slot of each row, none twice; as many rows as slots are the slots in order.
+      alive: False stops a row: its caller has gone, or it is there to fill the shape.
       closed: True where the host saw in the text that thinking is over (a tokenizer may spell
         the tag in other tokens than `close_tag`).
-      places: at least the length of every live sequence among them after these steps.
+      places: at least the length of every live sequence among them.
 
     Returns:
-      The new state; tokens, `NO_TOKEN` where a slot was done already; and after the last step:
+      The new state; tokens, `NO_TOKEN` where a row was done already; and after the last step:
       `forced`, `done`, `failed`.
     """
-    part = _view(state, slots, places)
-    part = replace(
-        part,
-        control=replace(
-            part.control,
-            done=part.control.done | ~alive[:slots],
-            closed=part.control.closed | closed[:slots],
-        ),
-    )
+    rows, whole = len(slots), state.k.shape[1:3]
+    steps = min(steps, whole[1])  # no sequence has room for more
+    all_slots = rows == whole[0]
 
-    def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
-        i, s, tokens = carry
-        c = s.control
-        rows = jnp.arange(slots)
+    def taken(x: Array) -> Array:
+        return x if all_slots else x[slots]
+
+    def part(cache: Array) -> Array:
+        cache = cache[:, :, :places]
+        return cache if all_slots else cache.at[:, slots].get(mode="clip")
+
+    length, next_pos = taken(state.length), taken(state.next_pos)
+    before = _readable(model, part(state.k), part(state.v), length)
+    c = jax.tree.map(taken, state.control)
+    c = replace(c, done=c.done | ~alive, closed=c.closed | closed)
+
+    def step(carry: tuple[Array, Control, Array, Array, Array]) -> tuple[Any, ...]:
+        i, c, new_k, new_v, tokens = carry
+        # Every row that is not done has gone i steps; of the others nothing is kept.
         hidden, (k, v) = model.forward(
             c.last_token[:, None],
-            valid=jnp.ones((slots, 1), bool),
-            positions=jnp.broadcast_to(s.next_pos[:, None, None], (slots, 3, 1)),
-            prefix=KVCache(k=s.k, v=s.v, length=s.length),
+            valid=jnp.ones((rows, 1), bool),
+            positions=jnp.broadcast_to((next_pos + i)[:, None, None], (rows, 3, 1)),
+            prefix=before(),
+            recent=KVCache(k=new_k, v=new_v, length=jnp.full((rows,), i)),
         )
         token, after = advance(c, gathered(model.logits(hidden[:, 0])), stops)
-        # A done slot keeps its length, so what is written for it lies beyond its end.
-        grown = jnp.where(c.done, 0, 1)
-        s = DecodeState(
-            k=s.k.at[:, rows, s.length].set(_cached(k[:, :, 0], s.k), mode="drop"),
-            v=s.v.at[:, rows, s.length].set(_cached(v[:, :, 0], s.v), mode="drop"),
-            length=s.length + grown,
-            next_pos=s.next_pos + grown,
-            control=after,
-        )
-        return i + 1, s, tokens.at[i].set(jnp.where(c.done, NO_TOKEN, token))
+        new_k = new_k.at[:, :, i].set(cached(k[:, :, 0], state.k))
+        new_v = new_v.at[:, :, i].set(cached(v[:, :, 0], state.v))
+        return i + 1, after, new_k, new_v, tokens.at[i].set(jnp.where(c.done, NO_TOKEN, token))
 
-    def wanted(carry: tuple[Array, DecodeState, Array]) -> Array:
-        return (carry[0] < steps) & ~carry[1].control.done.all()
+    def wanted(carry: tuple[Array, Control, Array, Array, Array]) -> Array:
+        return (carry[0] < steps) & ~carry[1].done.all()
 
-    nothing = jnp.full((steps, slots), NO_TOKEN, jnp.int32)
-    _, part, tokens = jax.lax.while_loop(wanted, step, (jnp.int32(0), part, nothing))
-    c = part.control
-    return _put_back(state, part), tokens, c.forced, c.done, c.failed
-
-
-def empty_state(
-    model: MultimodalLM,
-    *,
-    slots: int,
-    length: int,
-    dtype: jnp.dtype | None = None,
-    layout: Layout = ONE_DEVICE,
-) -> DecodeState:
-    """All slots free. The cache takes 2 * L * slots * length * K * H values."""
-    dtype = dtype or model.text.norm_d[...].dtype
-    cache = layout.cache(model.config.text, dtype, slots, length)
-    place = layout.whole(jnp.int32, slots).sharding
-
-    # Distinct arrays: donation refuses one buffer given twice.
-    def full(value: Any, dtype: Any) -> Array:
-        return jnp.full((slots,), value, dtype, device=place)
-
-    return DecodeState(
-        k=jnp.zeros(cache.shape, dtype, device=cache.sharding),
-        v=jnp.zeros(cache.shape, dtype, device=cache.sharding),
-        length=full(0, jnp.int32),
-        next_pos=full(0, jnp.int32),
-        control=Control(
-            last_token=full(0, jnp.int32),
-            generated=full(0, jnp.int32),
-            limit=full(0, jnp.int32),
-            close_at=full(0, jnp.int32),
-            forced=full(-1, jnp.int32),
-            matched=full(0, jnp.int32),
-            closed=full(False, bool),
-            done=full(True, bool),
-            failed=full(False, bool),
-            temperature=full(0.0, jnp.float32),
-            top_p=full(1.0, jnp.float32),
-            seed=full(0, jnp.uint32),
-        ),
+    # Of the caches' kind, so that on a mesh they lie as these do.
+    none_k = jnp.zeros_like(state.k[:, :rows, :steps])
+    none_v = jnp.zeros_like(state.v[:, :rows, :steps])
+    nothing = jnp.full((steps, rows), NO_TOKEN, jnp.int32)
+    _, c, new_k, new_v, tokens = jax.lax.while_loop(
+        wanted, step, (jnp.int32(0), c, none_k, none_v, nothing)
     )
+    count = (tokens != NO_TOKEN).sum(axis=0, dtype=jnp.int32)
+    step_of = jnp.arange(steps)[None, :]
+    place = jnp.where(step_of < count[:, None], length[:, None] + step_of, whole[1])
+    state = DecodeState(
+        k=state.k.at[:, slots[:, None], place].set(new_k, mode="drop"),
+        v=state.v.at[:, slots[:, None], place].set(new_v, mode="drop"),
+        length=state.length.at[slots].add(count),
+        next_pos=state.next_pos.at[slots].add(count),
+        control=jax.tree.map(lambda old, new: old.at[slots].set(new), state.control, c),
+    )
+    return state, tokens, c.forced, c.done, c.failed
 
 
-def abstract_state(model: MultimodalLM, *, slots: int, length: int, layout: Layout) -> DecodeState:
-    """Shapes, dtypes and shardings of `empty_state`."""
-    made = jax.eval_shape(lambda: empty_state(model, slots=slots, length=length))
-    cache = layout.cache(model.config.text, made.k.dtype, slots, length)
-    others = jax.tree.map(lambda x: layout.whole(x.dtype, *x.shape), made)
-    return replace(others, k=cache, v=cache)
+def _readable(model: MultimodalLM, k: Array, v: Array, length: Array) -> Callable[[], KVCache]:
+    """A cache that many steps read, made outside of their loop, and how a step gets at it.
 
-
-def _cached(new: Array, cache: Array) -> Array:
-    """Keys or values as a slot keeps them: never NaN or infinite.
-
-    The sequence that made such numbers fails by its logits in the same dispatch. Left in the slot
-    they would reach the next one there: a masked place has weight 0, and 0 * NaN is NaN.
+    On a CPU products read keys as [B K S H] and values as [B K H S], each layer's from an array of
+    its own. A cache that lies otherwise is copied into that form in every step.
     """
-    return jnp.where(jnp.isfinite(new), new, 0).astype(cache.dtype)
+    if not isinstance(model.text.layers, Apart):
+        return lambda: KVCache(k=k, v=v, length=length)
+    # The barrier keeps the copies here.
+    keys = jax.lax.optimization_barrier([x.transpose(0, 2, 1, 3) for x in k])
+    values = jax.lax.optimization_barrier([x.transpose(0, 2, 3, 1) for x in v])
+    return lambda: KVCache(
+        k=PerLayer(x.transpose(0, 2, 1, 3) for x in keys),
+        v=PerLayer(x.transpose(0, 3, 1, 2) for x in values),
+        length=length,
+    )
 
 
 def _valid(ids: Array, n: Array) -> Array:
@@ -409,104 +320,3 @@ def _last(hidden: Array, n: Array) -> Array:
     if (split := explicit_spec(hidden)) is None:
         return hidden[rows, last]
     return hidden.at[rows, last].get(out_sharding=PartitionSpec(split[0], None))
-
-
-def _view(state: DecodeState, slots: int, places: int) -> DecodeState:
-    if state.k.shape[1:3] == (slots, places):
-        return state
-    return DecodeState(
-        k=state.k[:, :slots, :places],
-        v=state.v[:, :slots, :places],
-        length=state.length[:slots],
-        next_pos=state.next_pos[:slots],
-        control=jax.tree.map(lambda x: x[:slots], state.control),
-    )
-
-
-def _put_back(state: DecodeState, part: DecodeState) -> DecodeState:
-    if part.k.shape == state.k.shape:
-        return part
-    slots, places = part.k.shape[1:3]
-    return DecodeState(
-        k=state.k.at[:, :slots, :places].set(part.k),
-        v=state.v.at[:, :slots, :places].set(part.v),
-        length=state.length.at[:slots].set(part.length),
-        next_pos=state.next_pos.at[:slots].set(part.next_pos),
-        control=jax.tree.map(lambda x, y: x.at[:slots].set(y), state.control, part.control),
-    )
-
-
-def advance(c: Control, logits: Float[Array, "B V"], stops: Stops) -> tuple[Array, Control]:
-    """The next token of each slot and the control values after it; done slots stay as they are.
-
-    generated   0 .. close_at-1     thinking: the model's own tokens
-                close_at ..         `</think>\\nAnswer:` unless the model closed it itself
-                .. limit            the answer; done at a stop token or at the limit
-    """
-    token = _choose(c, logits)
-    length = len(stops.forced_close)
-    begin = ~c.closed & (c.forced < 0) & (c.generated >= c.close_at)
-    forced = jnp.where(begin, 0, c.forced)
-    forcing = (forced >= 0) & (forced < length)
-    script = jnp.asarray(stops.forced_close, jnp.int32)
-    token = jnp.where(forcing, script[jnp.clip(forced, 0, length - 1)], token)
-    forced = jnp.where(forcing, forced + 1, forced)
-
-    tag = jnp.asarray(stops.close_tag, jnp.int32)
-    matched = jnp.where(
-        token == tag[jnp.clip(c.matched, 0, len(stops.close_tag) - 1)],
-        c.matched + 1,
-        (token == tag[0]).astype(jnp.int32),
-    )
-    closed = c.closed | (matched == len(stops.close_tag)) | (forced >= 0)
-    matched = jnp.where(closed, 0, matched)
-
-    generated = c.generated + 1
-    stopped = jnp.zeros_like(c.done)
-    for stop in stops.stop:
-        stopped |= token == stop
-    failed = ~jnp.isfinite(logits).all(axis=-1)
-    after = Control(
-        last_token=token,
-        generated=generated,
-        limit=c.limit,
-        close_at=c.close_at,
-        forced=forced,
-        matched=matched,
-        closed=closed,
-        done=(stopped & ~forcing) | (generated >= c.limit) | failed,
-        failed=failed,
-        temperature=c.temperature,
-        top_p=c.top_p,
-        seed=c.seed,
-    )
-    return token, jax.tree.map(lambda old, new: jnp.where(c.done, old, new), c, after)
-
-
-def _choose(c: Control, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def sample() -> Array:
-        # Work over the whole vocabulary; only when somebody samples.
-        scaled = logits / jnp.maximum(c.temperature, 1e-6)[:, None]
-        mass = jax.nn.softmax(scaled, axis=-1)
-
-        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bounds
-            middle = (low + high) / 2
-            enough = jnp.where(mass >= middle[:, None], mass, 0).sum(axis=-1) >= c.top_p
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-        # The nucleus is what has at least a certain probability. Bisection finds that probability
-        # to the last bits of float32; sorting 150,000 logits would take far longer.
-        low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(c.top_p), mass.max(axis=-1)))
-        low = jnp.where(c.top_p >= 1.0, 0.0, low)
-        nucleus = jnp.where(mass >= low[:, None], scaled, -jnp.inf)
-
-        def draw(seed: Array, count: Array, row: Array) -> Array:
-            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
-
-        drawn = jax.vmap(draw)(c.seed, c.generated, nucleus).astype(jnp.int32)
-        return jnp.where(c.temperature > 0, drawn, greedy)
-
-    return jax.lax.cond(jnp.any((c.temperature > 0) & ~c.done), sample, lambda: greedy)

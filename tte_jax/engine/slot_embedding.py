@@ -24,9 +24,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tte_jax.engine.buckets import Buckets, Shape, longest, plan_batches
+from tte_jax.engine.decode_state import DecodeState
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput
-from tte_jax.engine.programs import DecodeState, pooled
+from tte_jax.engine.programs import pooled
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 from tte_jax.nn.linear import explicit_spec

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,74 +23,18 @@ import numpy as np
 from tte_jax.engine import programs
 from tte_jax.engine.batcher import Entry, RequestQueue, as_tte, complete
 from tte_jax.engine.buckets import Buckets
+from tte_jax.engine.decode_state import DecodeState, abstract_state, empty_state
 from tte_jax.engine.executables import ExecutableTable
-from tte_jax.engine.inputs import ModelInput
+from tte_jax.engine.jobs import Generated, Job, control_of
+from tte_jax.engine.next_token import NO_TOKEN, Stops
 from tte_jax.engine.prefill import Dispatch, Filling, Prefill
 from tte_jax.engine.prefix_cache import PrefixCache
-from tte_jax.engine.programs import NO_TOKEN, Control, DecodeState, Stops
-from tte_jax.engine.slot_embedding import Continuation, SlotEmbedder, SlotVector
-from tte_jax.engine.stop_texts import StopTexts
+from tte_jax.engine.slot_embedding import SlotEmbedder, SlotVector
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.errors import DeadlineExceededError, InternalError, TteError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
 
 log = logging.getLogger(__name__)
-
-ANSWER_RESERVE = 16
-"""Tokens kept back for the answer line when the thinking is closed by force."""
-
-NEVER = 2**30
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sequence to continue.
-
-    Attributes:
-      input: the prompt.
-      max_tokens: new tokens, forced ones included; never exceeded.
-      close_at: how many tokens may pass before an open think block is closed by force.
-      background: waits behind queries; see `Entry`.
-      stop: texts that end the sequence; looked for once a dispatch.
-      temperature, top_p, seed: 0 = greedy; a draw depends on (seed, token number) alone.
-      on_tokens: called on the device thread with each dispatch's new ids and whether they are the
-        last; must not block.
-      embed: from the new ids to what the embedder's sequence has beyond them, or None where that
-        cannot be said; called on the device thread, once, when the sequence has ended. None = the
-        sequence is not embedded.
-    """
-
-    input: ModelInput
-    max_tokens: int
-    close_at: int = NEVER
-    background: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: StopTexts | None = None
-    on_tokens: Callable[[list[int], bool], None] | None = None
-    embed: Callable[[list[int]], Continuation | None] | None = None
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A finished sequence.
-
-    Attributes:
-      tokens: the new ids, forced ones and the stop token included.
-      forced: whether the think block was closed by force.
-      cached_tokens: tokens of the prompt whose work was saved: those of a kept prefix, and behind
-        it vision tokens whose features were cached.
-      queue_s, compute_s: seconds waited, and seconds from leaving the queue to the last token.
-      embedding: of the sequence, where it was asked for and could be made from its slot.
-    """
-
-    tokens: list[int]
-    forced: bool
-    cached_tokens: int
-    queue_s: float
-    compute_s: float
-    embedding: SlotVector | None = None
 
 
 @dataclass
@@ -128,19 +71,6 @@ class _Occupant:
         return not self.filling.left
 
 
-def think_limit(max_tokens: int, forced: int) -> int | None:
-    """After how many tokens the think block is closed, so that tag, label and answer still fit.
-
-    `forced` is the length of the forced close. The answer gets up to `ANSWER_RESERVE` tokens, or
-    half of what the close leaves when the budget is small. None: not even the close and one
-    token of answer fit.
-    """
-    room = max_tokens - forced
-    if room < 1:
-        return None
-    return room - min(ANSWER_RESERVE, max(1, room // 2))
-
-
 class DecodeLoop:
     """Slots of one model behind a `RequestQueue`.
 
@@ -175,7 +105,7 @@ class DecodeLoop:
         self._state: DecodeState | None = None
         self._thread: threading.Thread | None = None
         self._abort = threading.Event()
-        state = programs.abstract_state(
+        state = abstract_state(
             model, slots=buckets.slots, length=buckets.cache_length, layout=table.layout
         )
         self._prefill = Prefill(
@@ -237,23 +167,22 @@ class DecodeLoop:
 
     def _declare(self, stops: Stops, state: DecodeState) -> None:
         b, lay = self._buckets, self._table.layout
-        for slots, places in b.decode_shapes:
+        for rows, places in b.decode_shapes:
             self._table.add(
                 "decode",
-                (slots, places),
-                partial(
-                    programs.decode, slots=slots, places=places, steps=b.decode_steps, stops=stops
-                ),
+                (rows, places),
+                partial(programs.decode, places=places, steps=b.decode_steps, stops=stops),
                 state,
-                lay.whole(jnp.bool_, b.slots),
-                lay.whole(jnp.bool_, b.slots),
+                lay.whole(jnp.int32, rows),
+                lay.whole(jnp.bool_, rows),
+                lay.whole(jnp.bool_, rows),
                 donate=(0,),
-                tokens=slots,
+                tokens=rows,
             )
 
     def _empty_state(self) -> DecodeState:
         b = self._buckets
-        return programs.empty_state(
+        return empty_state(
             self._model, slots=b.slots, length=b.cache_length, layout=self._table.layout
         )
 
@@ -332,7 +261,7 @@ class DecodeLoop:
         cached = sum(f.cached_tokens for f in dispatch.fillings)
         assert self._state is not None
         try:
-            control = _control([o.job for o in some], dispatch.key[0])
+            control = control_of([o.job for o in some], dispatch.key[0])
             self._state, *out = self._prefill.run(self._state, dispatch, control)
         except Exception as error:
             if self._state_lost():
@@ -373,33 +302,40 @@ class DecodeLoop:
         complete(entry.future, error=as_tte(error))
 
     def _step(self) -> None:
-        alive = np.array([o is not None and o.decoding for o in self._slots])
-        closed = np.array([o is not None and o.closed for o in self._slots])
-        used = int(np.flatnonzero(alive)[-1]) + 1
-        steps = self._buckets.decode_steps
-        needed = max(
-            o.job.input.tokens + len(o.tokens) + steps for o in self._slots if o and o.decoding
-        )
-        # The whole always fits: a sequence ends at its budget, whatever steps are left.
-        shape = next((s for s in self._shapes if s[0] >= used and s[1] >= needed), self._shapes[-1])
-        slots, _ = shape
+        """A few tokens for all that decode, in a program of about as many rows."""
+        live = [(i, o) for i, o in enumerate(self._slots) if o is not None and o.decoding]
+        # The newest token of each is not in its slot yet.
+        needed = max(o.job.input.tokens + len(o.tokens) - 1 for _, o in live)
+        fits = (s for s in self._shapes if s[0] >= len(live) and s[1] >= needed)
+        rows, places = next(fits)  # the whole always does
+        slots = self._rows([i for i, _ in live], rows)
+        row_of = {slot: row for row, slot in enumerate(slots.tolist())}
+        alive, closed = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
+        for slot, occupant in live:
+            alive[row_of[slot]], closed[row_of[slot]] = True, occupant.closed
         start = time.monotonic()
-        self._state, tokens, forced, done, failed = self._table.run(
-            "decode", shape, self._state, alive, closed
+        self._state, *out = self._table.run(
+            "decode", (rows, places), self._state, slots, alive, closed
         )
-        tokens, forced, done, failed = jax.device_get((tokens, forced, done, failed))
+        tokens, forced, done, failed = jax.device_get(out)
         self.stats.dispatches += 1
         self.stats.slot_steps += tokens.size
         self.queue.ran(int((tokens != NO_TOKEN).sum()), time.monotonic() - start)
         ended: list[int] = []
-        for slot in range(slots):
-            occupant = self._slots[slot]
-            if occupant is not None and occupant.decoding:
-                occupant.forced |= bool(forced[slot] >= 0)
-                new = [int(t) for t in tokens[:, slot] if t != NO_TOKEN]
-                if self._emit(slot, new, bool(done[slot]), bool(failed[slot])):
-                    ended.append(slot)
+        for slot, occupant in live:
+            row = row_of[slot]
+            occupant.forced |= bool(forced[row] >= 0)
+            new = [int(t) for t in tokens[:, row] if t != NO_TOKEN]
+            if self._emit(slot, new, bool(done[row]), bool(failed[row])):
+                ended.append(slot)
         self._release(ended)
+
+    def _rows(self, live: Sequence[int], rows: int) -> np.ndarray:
+        """The slots of a program of so many rows: those of `live`, and others that fill it up."""
+        if rows == len(self._slots):
+            return np.arange(rows, dtype=np.int32)
+        others = [i for i in range(len(self._slots)) if i not in live]
+        return np.array([*live, *others[: rows - len(live)]], np.int32)
 
     def _emit(self, slot: int, new: list[int], done: bool, failed: bool) -> bool:
         """Takes a slot's new tokens in; returns whether its sequence has ended."""
@@ -480,25 +416,3 @@ class DecodeLoop:
     def _state_lost(self) -> bool:
         """Whether a program failed after it had taken the donated caches."""
         return self._state is None or any(x.is_deleted() for x in jax.tree.leaves(self._state))
-
-
-def _control(jobs: Sequence[Job], rows: int) -> Control:
-    def column(dtype: Any, fill: Any, values: Sequence[Any] = ()) -> np.ndarray:
-        out = np.full(rows, fill, dtype)
-        out[: len(values)] = values
-        return out
-
-    return Control(
-        last_token=column(np.int32, 0),
-        generated=column(np.int32, 0),
-        limit=column(np.int32, 0, [j.max_tokens for j in jobs]),
-        close_at=column(np.int32, NEVER, [j.close_at for j in jobs]),
-        forced=column(np.int32, -1),
-        matched=column(np.int32, 0),
-        closed=column(np.bool_, False),
-        done=column(np.bool_, False),
-        failed=column(np.bool_, False),
-        temperature=column(np.float32, 0.0, [j.temperature for j in jobs]),
-        top_p=column(np.float32, 1.0, [j.top_p for j in jobs]),
-        seed=column(np.uint32, 0, [j.seed & 0xFFFFFFFF for j in jobs]),
-    )

@@ -14,7 +14,7 @@ from tte_jax.models.config import (
     VisionConfig,
     WindowedVisionConfig,
 )
-from tte_jax.models.stack import Apart
+from tte_jax.models.stack import Apart, turned_matrix
 from tte_jax.models.text import KVCache, TextDecoder
 from tte_jax.models.vision import VisionTower
 from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
@@ -39,13 +39,18 @@ class MultimodalLM(nnx.Module):
         if config.vision is not None:
             self.visual = TOWERS[type(config.vision)](config.vision, rngs=rngs, dtype=dtype)
 
-    def apart(self) -> MultimodalLM:
+    def apart(self, *, turned: bool = False) -> MultimodalLM:
         """The same model and memory with every layer's weights as arrays of their own, see `stack`.
 
         Only for a model on one CPU device, and for inference.
+
+        Args:
+          turned: the decoder's matrices are copies with their outputs first (`TurnedWeight`).
         """
         copy = nnx.merge(*nnx.split(self))
-        copy.text.layers = Apart(copy.text.layers)
+        copy.text.layers = Apart(copy.text.layers, turned=turned)
+        if turned and not copy.config.text.tied:
+            copy.text.head_dv = nnx.Param(turned_matrix(copy.text.head_dv[...], inputs=1))
         if copy.config.vision is not None:
             copy.visual.blocks = Apart(copy.visual.blocks)
         return copy
@@ -74,6 +79,7 @@ class MultimodalLM(nnx.Module):
         vis: Float[Array, "V W"] | None = None,
         vis_idx: Int[Array, "B T"] | None = None,
         prefix: KVCache | None = None,
+        recent: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         at: Int[Array, "B J"] | None = None,
@@ -90,6 +96,7 @@ class MultimodalLM(nnx.Module):
             embedding come those that DeepStack adds, D for each of the first text layers.
           vis_idx: row of `vis` for each token, -1 at text.
           prefix: cache of earlier tokens.
+          recent: of those between `prefix` and the new ones.
           mask: which new token sees which; None = causal over the valid ones.
           segments: the sequence of each token where several share a row, see `TextDecoder`.
           at: the few places whose hidden states are wanted; the result then is [B J D].
@@ -109,6 +116,7 @@ class MultimodalLM(nnx.Module):
             positions=positions,
             valid=valid,
             prefix=prefix,
+            recent=recent,
             mask=mask,
             segments=segments,
             deep=deep,

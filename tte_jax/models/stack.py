@@ -10,12 +10,14 @@ stand `apart`: the same memory, seen as one array for each weight of each layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from tte_jax.nn.linear import TurnedWeight
 
 C = TypeVar("C")
 
@@ -23,8 +25,18 @@ Weights = dict[str, Any]
 """By name; of all layers behind a leading L, or of one."""
 
 
+class PerLayer(tuple[jax.Array, ...]):
+    """What would be an array with a leading L, as one array for each layer; only inside a trace."""
+
+
 class Stack(nnx.Module):
-    """Base of stacked layers: every parameter has a leading L."""
+    """Base of stacked layers: every parameter has a leading L.
+
+    Attributes:
+      matrices: over how many dimensions, the first ones after L, a product with each matrix sums.
+    """
+
+    matrices: ClassVar[dict[str, int]] = {}
 
     def weights(self) -> Weights | list[Weights]:
         """What `run_layers` takes."""
@@ -33,15 +45,25 @@ class Stack(nnx.Module):
 
 class Apart(Stack):
     """The layers of a stack, each with arrays of its own, which share the stack's memory where they
-    are aligned (64 bytes); for one CPU device. Not for training: no gradient goes to the stack."""
+    are aligned (64 bytes); for one CPU device. Not for training: no gradient goes to the stack.
 
-    def __init__(self, stack: Stack) -> None:
+    Args:
+      turned: matrices become a `TurnedWeight` each, which is a copy; int8 ones stay as they are.
+    """
+
+    def __init__(self, stack: Stack, *, turned: bool = False) -> None:
         whole = stack.weights()
         assert isinstance(whole, dict), "apart already"
         host = {name: jax.tree.map(np.asarray, value) for name, value in whole.items()}
         count = len(jax.tree.leaves(host)[0])
+
+        def of_layer(name: str, value: Any, i: int) -> Any:
+            if turned and name in stack.matrices and isinstance(value, np.ndarray):
+                return turned_matrix(value[i], inputs=stack.matrices[name])
+            return jax.tree.map(_at(i), value)
+
         self.layers = nnx.List(
-            _Layer({name: jax.tree.map(_at(i), value) for name, value in host.items()})
+            _Layer({name: of_layer(name, value, i) for name, value in host.items()})
             for i in range(count)
         )
 
@@ -64,6 +86,16 @@ def _parameters(module: nnx.Module) -> Weights:
 
 def _at(layer: int) -> Callable[[np.ndarray], jax.Array]:
     return lambda whole: jax.device_put(whole[layer], may_alias=True)
+
+
+def turned_matrix(matrix: Any, *, inputs: int) -> TurnedWeight:
+    """A copy of a matrix [inputs..., outputs...] with its outputs first.
+
+    Args:
+      inputs: how many dimensions its product sums over.
+    """
+    order = (*range(inputs, matrix.ndim), *range(inputs))
+    return TurnedWeight(jnp.asarray(np.ascontiguousarray(np.asarray(matrix).transpose(order))))
 
 
 def part(weights: Weights | list[Weights], begin: int, end: int) -> Weights | list[Weights]:
@@ -93,7 +125,7 @@ def run_layers(
 
     Args:
       layer: (carry, (its weights, its part of `more`)) → (carry, output).
-      more: pytree of arrays with a leading L, such as caches.
+      more: pytree of arrays with a leading L, such as caches; for layers apart also of `PerLayer`.
       count: run the first so many layers only; None = all.
       unroll: of the scan; compiles every layer by itself.
 

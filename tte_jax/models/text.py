@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.models.config import TextConfig
 from tte_jax.models.initial import Initial
-from tte_jax.models.stack import Stack, one_of, run_layers
+from tte_jax.models.stack import Apart, PerLayer, Stack, one_of, run_layers
 from tte_jax.nn.attention import Prefix, attend
-from tte_jax.nn.linear import columns, lookup, project
+from tte_jax.nn.linear import TurnedWeight, Weight, columns, lookup, project
 from tte_jax.nn.norms import rms_norm
 from tte_jax.nn.places import at_places
 from tte_jax.nn.rotary import frequencies, rotary_tables, rotate
@@ -31,18 +32,28 @@ class KVCache:
     """Keys and values of earlier tokens; a plain pytree.
 
     Attributes:
-      k, v: [L B S K H]; B may be 1 for a prefix that a whole batch shares.
+      k, v: [L B S K H]; B may be 1 for a prefix that a whole batch shares. For layers apart also
+        [B S K H] of each layer.
       length: [B] int32, how many of the S places are filled. Places from `length` on are ignored,
         whatever they hold.
     """
 
-    k: Array
-    v: Array
+    k: Array | PerLayer
+    v: Array | PerLayer
     length: Array
+
+    @property
+    def places(self) -> int:
+        """S."""
+        return self.k[0].shape[1] if isinstance(self.k, PerLayer) else self.k.shape[2]
 
 
 class DecoderLayers(Stack):
     """The stacked layers' weights. Names end in their dimensions, after the leading L."""
+
+    matrices: ClassVar[dict[str, int]] = {
+        "q_dnh": 1, "k_dkh": 1, "v_dkh": 1, "o_nhd": 2, "gate_df": 1, "up_df": 1, "down_fd": 1,
+    }  # fmt: skip
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype) -> None:
         c, new = config, Initial(rngs, dtype, (config.layers,))
@@ -89,6 +100,7 @@ class TextDecoder(nnx.Module):
         positions: Int[Array, "B 3 T"],
         valid: Bool[Array, "B T"],
         prefix: KVCache | None = None,
+        recent: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         deep: Float[Array, "K B T D"] | None = None,
@@ -103,6 +115,7 @@ class TextDecoder(nnx.Module):
           positions: int32 position rows (time, height, width); equal rows for text.
           valid: False at padding, which may stand on either side or anywhere between.
           prefix: earlier tokens that every new token may look at.
+          recent: more of them, between `prefix` and the new tokens.
           mask: which new token sees which; None = causal over the valid ones.
           segments: where several sequences share a row, the one that each token belongs to;
             tokens see those of their own only, and a sequence's result is the same to the bit
@@ -124,9 +137,10 @@ class TextDecoder(nnx.Module):
             mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
         if segments is not None:
             mask = mask & (segments[:, :, None] == segments[:, None, :])
-        if prefix is not None:
-            places = jnp.arange(prefix.k.shape[2])
-            prefix_mask = (places[None, :] < prefix.length[:, None])[:, None, :]
+        before = [part for part in (prefix, recent) if part is not None]
+        filled = [
+            (jnp.arange(part.places)[None, :] < part.length[:, None])[:, None, :] for part in before
+        ]
 
         def layer(
             x: Array, scanned: tuple, only: Callable[[Array], Array] = lambda x: x
@@ -143,9 +157,9 @@ class TextDecoder(nnx.Module):
                 q = rms_norm(q, w["q_norm_h"], c.rms_eps)
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, only(cos), only(sin)), rotate(k, cos, sin)
-            before = None if earlier is None else Prefix(earlier[0], earlier[1], prefix_mask)
+            parts = [Prefix(*kv, places) for kv, places in zip(earlier, filled, strict=True)]
             packed = segments is not None
-            out = attend(q, k, v, mask=only(mask), prefix=before, packed=packed)
+            out = attend(q, k, v, mask=only(mask), prefix=parts, packed=packed)
             x = x + project("btnh,nhd->btd", out, w["o_nhd"])
             h = rms_norm(x, w["mlp_norm_d"], c.rms_eps)
             gate = jax.nn.silu(project("btd,df->btf", h, w["gate_df"]))
@@ -157,7 +171,7 @@ class TextDecoder(nnx.Module):
             return x, (k, v)
 
         body = jax.checkpoint(layer) if remat else layer
-        earlier = None if prefix is None else (prefix.k, prefix.v)
+        earlier = [(part.k, part.v) for part in before]
         index = None if deep is None else jnp.arange(c.layers)
         weights, more = self.layers.weights(), (earlier, index)
         if at is None:
@@ -170,9 +184,13 @@ class TextDecoder(nnx.Module):
             kv = jax.tree.map(lambda m, one: jnp.concatenate([m, one[None]]), kv, own)
         return rms_norm(x, self.norm_d[...], c.rms_eps), kv
 
-    def head(self) -> Float[Array, "D V"]:
-        """The output matrix; the transposed embedding table when tied."""
-        return self.embed_vd[...].T if self.config.tied else self.head_dv[...]
+    def head(self) -> Weight:
+        """The output matrix [D V]; the transposed embedding table when tied."""
+        if not self.config.tied:
+            return self.head_dv[...]
+        table = self.embed_vd[...]
+        # Layers apart are those of a CPU, where few rows at a time become logits.
+        return TurnedWeight(table) if isinstance(self.layers, Apart) else table.T
 
     def head_rows(self, ids: tuple[int, ...]) -> Float[Array, "C D"]:
         """What the output head holds for a few tokens, in float32, whole on every device."""

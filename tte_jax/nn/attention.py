@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,13 +36,13 @@ def attend(
     v: Float[Array, "B S K H"],
     *,
     mask: Bool[Array, "#B #T S"],
-    prefix: Prefix | None = None,
+    prefix: Sequence[Prefix] = (),
     scale: float | None = None,
     packed: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32 over `prefix` and the new keys together.
 
-    The two parts share one softmax: their logits are joined along S, their values are not. With a
+    All parts share one softmax: their logits are joined along S, their values are not. With a
     prefix of batch 1 the N candidates of a rerank all read the same arrays.
 
         mask for T = S = 4, causal, the last token being padding:
@@ -54,7 +55,7 @@ def attend(
     Args:
       q, k, v: any float dtype; N is a multiple of K.
       mask: True where the query may look.
-      prefix: earlier keys and values, or None.
+      prefix: earlier keys and values, in any number of parts.
       scale: factor on the logits; default 1/sqrt(H).
       packed: rows hold several sequences, which `mask` keeps apart; not with `prefix`. A result is
         then the same to the bit wherever its keys stand in the row and whatever stands beside
@@ -68,31 +69,24 @@ def attend(
     if split and kv_split and split[2] != kv_split[2]:
         # A mesh that splits the query heads but is too wide for the key heads.
         k, v = _for_each_query(k, q), _for_each_query(v, q)
-        if prefix is not None:
-            prefix = Prefix(_for_each_query(prefix.k, q), _for_each_query(prefix.v, q), prefix.mask)
+        prefix = [Prefix(_for_each_query(p.k, q), _for_each_query(p.v, q), p.mask) for p in prefix]
     kv_heads = k.shape[2]
     groups = heads // kv_heads
     factor = size**-0.5 if scale is None else scale
     q_btkgh = (q * factor).reshape(batch, length, kv_heads, groups, size)
     if packed:
+        assert not prefix, "packed rows have no prefix"
         k, v = _contained(k, v)
-    logits = _logits(q_btkgh, k, mask)
-    if packed:
-        assert prefix is None, "packed rows have no prefix"
-        out = _apart(logits, v).astype(v.dtype)
-    elif prefix is None:
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    else:
-        earlier = _logits(q_btkgh, prefix.k, prefix.mask)
-        split = earlier.shape[-1]
-        weights = jax.nn.softmax(jnp.concatenate([earlier, logits], axis=-1), axis=-1)
-        weights = weights.astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights[..., split:], v)
-        if prefix.v.shape[0] == 1:
-            out += jnp.einsum("bkgts,skh->btkgh", weights[..., :split], prefix.v[0])
-        else:
-            out += jnp.einsum("bkgts,bskh->btkgh", weights[..., :split], prefix.v)
+        out = _apart(_logits(q_btkgh, k, mask), v).astype(v.dtype)
+        return out.reshape(batch, length, heads, size)
+    logits = [_logits(q_btkgh, p.k, p.mask) for p in prefix]
+    logits.append(_logits(q_btkgh, k, mask))
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(v.dtype)
+    begin = weights.shape[-1] - k.shape[1]
+    out = jnp.einsum("bkgts,bskh->btkgh", weights[..., begin:], v)
+    for earlier in reversed(prefix):
+        begin, end = begin - earlier.v.shape[1], begin
+        out += _values(weights[..., begin:end], earlier.v)
     return out.reshape(batch, length, heads, size)
 
 
@@ -137,3 +131,9 @@ def _logits(q_btkgh: Array, k: Array, mask: Array) -> Array:
     else:
         logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None, :, :], logits, MASKED)
+
+
+def _values(weights: Array, v: Array) -> Array:
+    if v.shape[0] == 1:
+        return jnp.einsum("bkgts,skh->btkgh", weights, v[0])
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v)

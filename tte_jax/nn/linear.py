@@ -1,9 +1,10 @@
 """Products with weights and look-ups in tables: the one seam through which models read matrices.
 
-Three things are decided here so that model code needs not know them. A weight may be int8 with
-scales (`Int8Weight`). It may have an adapter that is being trained (`AdaptedWeight`). And on a mesh
-with explicit axis types every product has a sharding in its type, which JAX refuses to guess where
-both sides of a sum are split; `project` derives it.
+Four things are decided here so that model code needs not know them. A weight may be int8 with
+scales (`Int8Weight`). It may have an adapter that is being trained (`AdaptedWeight`). It may lie
+with its outputs first (`TurnedWeight`). And on a mesh with explicit axis types every product has a
+sharding in its type, which JAX refuses to guess where both sides of a sum are split; `project`
+derives it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,28 @@ class AdaptedWeight:
         return self
 
 
-Weight = Array | Int8Weight | AdaptedWeight
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TurnedWeight:
+    """A weight with its outputs first, for products of few rows on a CPU.
+
+    XLA's product there copies its second operand into tiles before it begins. Of few rows that copy
+    is most of the work when the weight is second; here it is the first, and the rows are copied.
+
+    Attributes:
+      w: [outputs..., inputs...].
+    """
+
+    w: Array
+
+    def __getitem__(self, index: Any) -> TurnedWeight:
+        """`[...]`, with which models read their parameters, is itself; there are no others."""
+        if index is not ...:
+            raise TypeError("a turned weight is for products alone")
+        return self
+
+
+Weight = Array | Int8Weight | AdaptedWeight | TurnedWeight
 
 
 @partial(jax.jit, static_argnames="inputs")
@@ -109,7 +131,7 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
     Args:
       subscripts: two operands; no letter twice in one of them.
       w: `Int8Weight`: its scales are applied to the product. `AdaptedWeight`: the adapter's
-        product is added in x's dtype.
+        product is added in x's dtype. `TurnedWeight`: for no mesh.
       dtype: of the result; None = x's.
     """
     if isinstance(w, Int8Weight):
@@ -117,6 +139,8 @@ def project(subscripts: str, x: Array, w: Weight, *, dtype: Any = None) -> Array
         return (product * _output_scale(subscripts, w)).astype(dtype or x.dtype)
     if isinstance(w, AdaptedWeight):
         return _adapted(subscripts, x, w, dtype)
+    if isinstance(w, TurnedWeight):
+        return _turned(subscripts, x, w.w, dtype)
     return _einsum(subscripts, x, w, dtype)
 
 
@@ -129,10 +153,12 @@ def lookup(table: Array, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     return table.at[rows].get(mode="fill", out_sharding=sharding)
 
 
-def columns(w: Array | Int8Weight, which: Int[Array, " C"]) -> Float[Array, "D C"]:
+def columns(w: Array | Int8Weight | TurnedWeight, which: Int[Array, " C"]) -> Float[Array, "D C"]:
     """A few columns of a matrix in float32, on every device of a mesh."""
     if isinstance(w, Int8Weight):
         return _columns(w.q, which) * _columns(w.scale, which)
+    if isinstance(w, TurnedWeight):
+        return lookup(w.w, which).astype(jnp.float32).T
     return _columns(w, which)
 
 
@@ -210,6 +236,21 @@ def _adapted(subscripts: str, x: Array, w: AdaptedWeight, dtype: Any) -> Array:
     merged = jax.lax.stop_gradient(w.w.astype(jnp.float32) + w.scale * change)
     norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(len(inputs)))))
     return product * split_like(w.magnitude / norm, product).astype(product.dtype)
+
+
+def _turned(subscripts: str, x: Array, w: Array, dtype: Any) -> Array:
+    operands, out = subscripts.split("->")
+    letters_x, letters_w = operands.split(",")
+    inputs = "".join(n for n in letters_w if n not in out)
+    outputs = "".join(n for n in letters_w if n in out)
+    kept = "".join(n for n in letters_x if n in out)
+    assert letters_w == inputs + outputs and out == kept + outputs, subscripts
+    assert letters_x == kept + inputs and "z" not in operands, subscripts
+    # Of two summed dimensions one is made: XLA copies such a weight into another order of them.
+    x = x.reshape(*x.shape[: len(kept)], -1)
+    w = w.reshape(*w.shape[: len(outputs)], -1)
+    product = jnp.einsum(f"{outputs}z,{kept}z->{outputs}{kept}", w, x, preferred_element_type=dtype)
+    return jnp.moveaxis(product, range(len(outputs)), range(-len(outputs), 0))
 
 
 def _like(x: Array) -> dict[str, Any]:
