@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
@@ -68,36 +66,3 @@ def emoji_data(side: int = 112) -> EmojiData:
         heldout_combination=np.zeros(n, bool),
         manifest={},
     )
-
-
-def written(folder: Path, side: int = 112) -> Path:
-    """The same in three styles, and in a fourth that is held out, as `emoji.load` reads them."""
-    data = emoji_data(side)
-    count = len(data.concepts)
-    styles = [*STYLES, "twemoji", "fluent-emoji-flat"]
-    rng = np.random.default_rng(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(
-        folder / "images.npy",
-        rng.integers(0, 256, (len(styles) * count, side, side, 3), dtype=np.uint8),
-    )
-    items = [
-        {
-            "row": s * count + c,
-            "style": style,
-            "key": concept.key,
-            "variant": 0,
-            "split": "heldout_style" if style == styles[-1] else "train",
-            "heldout_concept": False,
-            "heldout_combination": False,
-        }
-        for s, style in enumerate(styles)
-        for c, concept in enumerate(data.concepts)
-    ]
-    for name, rows in (
-        ("items.jsonl", items),
-        ("concepts.jsonl", [c.to_json() for c in data.concepts]),
-    ):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "manifest.json").write_text(json.dumps({"counts": {style: {} for style in styles}}))
-    return folder
