@@ -15,10 +15,10 @@ import asyncio
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -41,6 +41,7 @@ from tte_jax.preprocess.ecr import parse_ecr
 from tte_jax.stages import ReasonItem
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Fewer than these may agree by chance with what is said without the ground truth.
 _ENOUGH_TO_TELL = 4
@@ -111,7 +112,9 @@ async def run(config: Config, *, source: ExampleSource | None = None) -> Summary
     source = open_source(config.data) if source is None else source
     reasoner = RemoteReasoner(config.reasoner)
     try:
-        version = await reasoner.version(timeout_s=config.patience_s)
+        version = await _patiently(
+            lambda: reasoner.version(timeout_s=config.patience_s), config.patience_s
+        )
         summary = Summary(config.out / f"{config.arm}.jsonl")
         store = EcrStore(summary.path, arm=config.arm, model=version, budget=config.budget)
         summary.known = len(store)
@@ -225,18 +228,10 @@ class _Teller:
             )
             for a in batch
         ]
-        waited = 0.0
-        while True:
-            try:
-                reasonings, usage = await self._reasoner.reason(
-                    items, max_tokens=self._config.budget
-                )
-                break
-            except (UnavailableError, OverloadedError) as error:
-                if waited >= self._config.patience_s:
-                    raise
-                await asyncio.sleep(error.retry_after_s)
-                waited += error.retry_after_s
+        reasonings, usage = await _patiently(
+            lambda: self._reasoner.reason(items, max_tokens=self._config.budget),
+            self._config.patience_s,
+        )
         if usage.model_version != self._version:
             raise PreconditionError(
                 f"the reasoner is {usage.model_version} by now, and the file is of "
@@ -244,6 +239,19 @@ class _Teller:
                 reason="REASONER_MISMATCH",
             )
         return [one.text for one in reasonings]
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]], patience_s: float) -> T:
+    """What a service answers, which may be away or full for so long."""
+    waited = 0.0
+    while True:
+        try:
+            return await ask()
+        except (UnavailableError, OverloadedError) as error:
+            if waited >= patience_s:
+                raise
+            await asyncio.sleep(error.retry_after_s)
+            waited += error.retry_after_s
 
 
 def main(config: Config) -> int:

@@ -24,6 +24,7 @@ def main(file: str, steps: str) -> int:
         with partial.open("a") as out:
             out.write(f"{step}\n")
         if asked:
+            Path(file + ".asked").touch()
             return 128 + asked[0]
     partial.rename(file)
     return 0

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,33 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> loop.Config:
         rules=Rules(arm=EMBEDDER, negatives=3, depth=8),
         trainer=f"{{python}} {SCRIPT} {{data}} {{model}} {{out}}",
     )
+
+
+def test_a_loop_that_is_made_to_end_lets_its_trainer_save(config, monkeypatch):
+    monkeypatch.setattr(loop.models, "resolve", Path)
+    monkeypatch.setenv("STAGE_PAUSE", "0.1")
+    command = "{python} -m tests.training.builtin.stage_script {out}.txt 2000"
+    train = loop.command_trainer(replace(config, trainer=command))
+    out = config.state / "model"
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    def when_it_works():
+        while not out.with_suffix(".txt.partial").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=when_it_works).start()
+    with open(os.devnull) as lock, pytest.raises(SystemExit):
+        try:
+            train(loop.Training(0, config.state, Path("m"), out, lock.fileno()))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert out.with_suffix(".txt.asked").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(out.with_suffix(".txt.pid").read_text()), 0)
 
 
 async def test_a_trainer_is_a_command_that_reads_the_round(config, monkeypatch):
