@@ -7,6 +7,7 @@ process compiled and is how tests and operators check that.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,8 @@ from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.engine.stored import StoredPrograms
 from tte_jax.errors import InternalError, PreconditionError, UnavailableError
 from tte_jax.models.multimodal import MultimodalLM
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called as (done, total, name of the program just compiled), from any thread."""
@@ -282,6 +285,9 @@ class ExecutableTable:
             kept = stored.load(key, arguments, self.layout.devices)
             if kept is not None:
                 _counter.loaded()
+                # Told where JAX tells of its own compilations, and as loud.
+                level = logging.WARNING if jax.config.jax_log_compiles else logging.DEBUG
+                log.log(level, "Read a stored program: %s", call.__name__)
                 return kept
         hits = _counter.hits_here
         with self.layout.tracing():  # of this thread alone
