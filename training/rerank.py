@@ -212,8 +212,8 @@ def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
         prefix=shared,
     )
     last = hidden[jnp.arange(lists * count), ends - 1]
-    head = model.text.head()
-    return (last @ (head[:, yes] - head[:, no])).astype(jnp.float32).reshape(lists, count)
+    head = model.text.head_rows((yes, no))
+    return (last @ (head[0] - head[1])).astype(jnp.float32).reshape(lists, count)
 
 
 def main(config: Config) -> None:

@@ -286,7 +286,7 @@ class ExecutableTable:
             if kept is not None:
                 _counter.loaded()
                 # Told where JAX tells of its own compilations, and as loud.
-                level = logging.WARNING if jax.config.jax_log_compiles else logging.DEBUG
+                level = logging.WARNING if jax.config.values.get("jax_log_compiles") else logging.DEBUG
                 log.log(level, "Read a stored program: %s", call.__name__)
                 return kept
         hits = _counter.hits_here

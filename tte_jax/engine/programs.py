@@ -20,7 +20,7 @@ from tte_jax.engine.decode_state import DecodeState, cached
 from tte_jax.engine.next_token import NO_TOKEN, Control, Stops, advance
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.stack import Apart, PerLayer
-from tte_jax.models.text import KVCache
+from tte_jax.models.text import KVCache, LayerCaches
 from tte_jax.nn.linear import explicit_spec, gathered
 
 
@@ -293,7 +293,9 @@ def decode(
     return state, tokens, c.forced, c.done, c.failed
 
 
-def _readable(model: MultimodalLM, k: Array, v: Array, length: Array) -> Callable[[], KVCache]:
+def _readable(
+    model: MultimodalLM, k: Array, v: Array, length: Array
+) -> Callable[[], KVCache | LayerCaches]:
     """A cache that many steps read, made outside of their loop, and how a step gets at it.
 
     On a CPU products read keys as [B K S H] and values as [B K H S], each layer's from an array of
@@ -304,7 +306,7 @@ def _readable(model: MultimodalLM, k: Array, v: Array, length: Array) -> Callabl
     # The barrier keeps the copies here.
     keys = jax.lax.optimization_barrier([x.transpose(0, 2, 1, 3) for x in k])
     values = jax.lax.optimization_barrier([x.transpose(0, 2, 3, 1) for x in v])
-    return lambda: KVCache(
+    return lambda: LayerCaches(
         k=PerLayer(x.transpose(0, 2, 1, 3) for x in keys),
         v=PerLayer(x.transpose(0, 3, 1, 2) for x in values),
         length=length,

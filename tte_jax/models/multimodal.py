@@ -15,7 +15,7 @@ from tte_jax.models.config import (
     WindowedVisionConfig,
 )
 from tte_jax.models.stack import Apart, turned_matrix
-from tte_jax.models.text import KVCache, TextDecoder
+from tte_jax.models.text import KVCache, LayerCaches, TextDecoder
 from tte_jax.models.vision import VisionTower
 from tte_jax.models.vision_qwen2_5 import WindowedVisionTower
 from tte_jax.models.vision_qwen3 import DeepStackVisionTower
@@ -78,7 +78,7 @@ class MultimodalLM(nnx.Module):
         positions: Int[Array, "B 3 T"],
         vis: Float[Array, "V W"] | None = None,
         vis_idx: Int[Array, "B T"] | None = None,
-        prefix: KVCache | None = None,
+        prefix: KVCache | LayerCaches | None = None,
         recent: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         segments: Int[Array, "B T"] | None = None,

@@ -32,20 +32,34 @@ class KVCache:
     """Keys and values of earlier tokens; a plain pytree.
 
     Attributes:
-      k, v: [L B S K H]; B may be 1 for a prefix that a whole batch shares. For layers apart also
-        [B S K H] of each layer.
+      k, v: [L B S K H]; B may be 1 for a prefix that a whole batch shares.
       length: [B] int32, how many of the S places are filled. Places from `length` on are ignored,
         whatever they hold.
     """
 
-    k: Array | PerLayer
-    v: Array | PerLayer
+    k: Array
+    v: Array
     length: Array
 
     @property
     def places(self) -> int:
         """S."""
-        return self.k[0].shape[1] if isinstance(self.k, PerLayer) else self.k.shape[2]
+        return self.k.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerCaches:
+    """A `KVCache` for layers apart, read and never written: k and v are [B S K H] of each layer."""
+
+    k: PerLayer
+    v: PerLayer
+    length: Array
+
+    @property
+    def places(self) -> int:
+        """S."""
+        return self.k[0].shape[1]
 
 
 class DecoderLayers(Stack):
@@ -99,7 +113,7 @@ class TextDecoder(nnx.Module):
         *,
         positions: Int[Array, "B 3 T"],
         valid: Bool[Array, "B T"],
-        prefix: KVCache | None = None,
+        prefix: KVCache | LayerCaches | None = None,
         recent: KVCache | None = None,
         mask: Bool[Array, "B T T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
@@ -157,7 +171,7 @@ class TextDecoder(nnx.Module):
                 q = rms_norm(q, w["q_norm_h"], c.rms_eps)
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, only(cos), only(sin)), rotate(k, cos, sin)
-            parts = [Prefix(*kv, places) for kv, places in zip(earlier, filled, strict=True)]
+            parts = [Prefix(ks, vs, has) for (ks, vs), has in zip(earlier, filled, strict=True)]
             packed = segments is not None
             out = attend(q, k, v, mask=only(mask), prefix=parts, packed=packed)
             x = x + project("btnh,nhd->btd", out, w["o_nhd"])
