@@ -286,8 +286,12 @@ class ExecutableTable:
             if kept is not None:
                 _counter.loaded()
                 # Told where JAX tells of its own compilations, and as loud.
-                level = logging.WARNING if jax.config.values.get("jax_log_compiles") else logging.DEBUG
-                log.log(level, "Read a stored program: %s", call.__name__)
+                told = jax.config.values.get("jax_log_compiles")
+                log.log(
+                    logging.WARNING if told else logging.DEBUG,
+                    "Read a stored program: %s",
+                    call.__name__,
+                )
                 return kept
         hits = _counter.hits_here
         with self.layout.tracing():  # of this thread alone
