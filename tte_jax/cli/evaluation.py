@@ -377,7 +377,11 @@ def _list(infos: list[registry.DatasetInfo]) -> Table:
 
 
 def _mini_list(tasks: list[mini.MiniTask]) -> Table:
-    table = Table("task", "group", "like", "query → candidates", "pool, Q = --queries", "downloads")
+    table = Table()
+    for name in ("task", "group", "like"):  # what is typed is shown whole
+        table.add_column(name, no_wrap=True)
+    for name in ("query → candidates", "pool, Q = --queries", "downloads"):
+        table.add_column(name)
     for task in tasks:
         info = task.info
         needs = [f"{p.name} ({p.registry}, {p.megabytes} MB, {p.licence})" for p in task.downloads]
