@@ -108,7 +108,11 @@ class Device:
 
 
 def _holds(batch: np.ndarray, ids: np.ndarray) -> bool:
-    return len(ids) <= batch.shape[1] and bool((batch[:, : len(ids)] == ids).all(axis=1).any())
+    """Whether a row holds the sequence anywhere: several may share one."""
+    if len(ids) > batch.shape[1]:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(batch, len(ids), axis=1)
+    return bool((windows == ids).all(axis=2).any())
 
 
 @dataclass
