@@ -33,6 +33,7 @@ from tests.servers.served_role import (
 )
 from tte.v1 import embedder_pb2, reasoner_pb2, reranker_pb2
 from tte_jax.engine.batcher import Entry
+from tte_jax.engine.packing import most_sequences
 
 each_role = pytest.mark.parametrize("name", ROLES)
 OVERLOADED, INVALID = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT
@@ -299,6 +300,11 @@ async def test_after_a_storm_of_cancellations_no_object_of_a_request_is_left(ser
             await until(lambda: server.role.loop.active == 0)
         return await settled()
 
-    rows = max(b for b, _ in server.role.served.buckets.embed)  # the last batch is remembered
+    buckets = server.role.served.buckets
+    rows = {  # the last batch is remembered
+        "embedder": max(b * most_sequences(t) for b, t in buckets.embed),
+        "reranker": max((n for n, _ in buckets.score), default=0),
+        "reasoner": buckets.slots,
+    }[server.name]
     first, second = await once(1), await once(2)
     assert all(second[kind] <= first[kind] + rows for kind in second), (first, second)
