@@ -15,13 +15,18 @@ from benchmarks.engine.embedding import picture
 from benchmarks.engine.rounds import interleave, ratio, row, spread
 from tte_jax.builtin import openmoji
 from tte_jax.content import Content, Side
+from tte_jax.engine.inputs import model_input
 from tte_jax.engine.jobs import NEVER
 from tte_jax.reasoner import Reasoner
 from tte_jax.stages import ReasonItem
 
 
 def compare(directory: Path, *, requests: int, rounds: int) -> dict[str, Any]:
-    """Tokens that somebody asked for per second, and the time to each request's first token."""
+    """Tokens that somebody asked for per second, and the time to each request's first token.
+
+    Both sides start from the same prompts: texts as token ids, pictures as patches. Positions,
+    batches and features are made anew in each round.
+    """
     rng = np.random.default_rng(0)
     names = [entry.shown.name for entry in openmoji.entries()]
     budgets = [int(b) for b in np.linspace(12, 96, requests)]
@@ -43,6 +48,7 @@ def compare(directory: Path, *, requests: int, rounds: int) -> dict[str, Any]:
         prompt_set, config = reasoner.served.prompts, reasoner.served.config
         stop = [*{*prompt_set.stop_ids, *config.eos_token_ids}]
         loop = reasoner.loop
+        prepared = [reasoner.prepare(*one) for one in zip(items, budgets, strict=True)]
 
         def ours() -> None:
             assert reasoner.vision is not None
@@ -54,10 +60,10 @@ def compare(directory: Path, *, requests: int, rounds: int) -> dict[str, Any]:
                 return lambda ids, last: times.setdefault(index, time.perf_counter() - began)
 
             jobs = []
-            for index, (item, budget) in enumerate(zip(items, budgets, strict=True)):
-                job = reasoner.prepare(item, budget)
+            for index, (job, prompt) in enumerate(zip(prepared, prompts, strict=True)):
                 assert job is not None
-                jobs.append(replace(job, close_at=NEVER, on_tokens=listen(index)))
+                one = model_input(prompt, config)
+                jobs.append(replace(job, input=one, close_at=NEVER, on_tokens=listen(index)))
             results = [future.result() for future in loop.submit(jobs, wait=True)]
             made["ours"] = [np.array(r.tokens) for r in results]
             first["ours"].append(statistics.median(times.values()))
