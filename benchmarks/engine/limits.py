@@ -18,6 +18,7 @@ from benchmarks.engine.rounds import interleave, row, spread
 from tte_jax.engine import programs
 from tte_jax.engine.decode_state import DecodeState, abstract_state, empty_state
 from tte_jax.engine.next_token import Stops
+from tte_jax.engine.packing import most_sequences
 from tte_jax.models.registry import model_config
 from tte_jax.reasoner import Reasoner
 
@@ -90,13 +91,21 @@ def _largest(directory: Path) -> tuple[int, int]:
 
 
 def _prefill(reasoner: Reasoner, shape: tuple[int, int]) -> Callable[[], None]:
-    """Runs the program that fills slots, on prompts of the whole bucket."""
+    """Runs the program that fills slots, on prompts of the whole bucket: one to a row."""
     rows, tokens = shape
     holder = [_state(reasoner, done=True)]
     ids = np.random.default_rng(0).integers(0, 1000, (rows, tokens)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, 3, tokens)).copy()
-    width = reasoner.served.config.feature_size
-    control = jax.tree.map(lambda x: np.asarray(x[:rows]), _state(reasoner, done=False).control)
+    steps = np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, tokens))
+    positions = np.repeat(steps[:, None], 3, axis=1)
+    width, slots = reasoner.served.config.feature_size, reasoner.served.buckets.slots
+    per_row = most_sequences(tokens)
+    ends = np.zeros((rows, per_row), np.int32)
+    ends[:, 0] = tokens - 1
+    cells = np.stack([np.repeat(np.arange(rows, dtype=np.int32)[:, None], tokens, axis=1), steps])
+    most = min(rows * per_row, slots)
+    which, slot = np.zeros(most, np.int32), np.full(most, slots, np.int32)
+    which[:rows], slot[:rows] = np.arange(rows) * per_row, np.arange(rows)
+    control = jax.tree.map(lambda x: np.asarray(x[:most]), _state(reasoner, done=False).control)
 
     def run() -> None:
         holder[0], token, *_ = reasoner.table.run(
@@ -105,11 +114,15 @@ def _prefill(reasoner: Reasoner, shape: tuple[int, int]) -> Callable[[], None]:
             holder[0],
             ids,
             positions,
-            np.full(rows, tokens, np.int32),
+            np.ones((rows, tokens), np.int32),
+            ends,
             np.zeros((rows * tokens, width), np.float32),
             np.full((rows, tokens), -1, np.int32),
-            np.arange(rows, dtype=np.int32),
-            np.full(rows, tokens, np.int32),
+            cells,
+            which,
+            slot,
+            np.full(most, tokens, np.int32),
+            np.full(most, tokens, np.int32),
             control,
         )
         token.block_until_ready()

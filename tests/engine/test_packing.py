@@ -9,7 +9,7 @@ import pytest
 
 from tte_jax.engine.buckets import DISPATCH_TOKENS
 from tte_jax.engine.inputs import ModelInput, pack_rows
-from tte_jax.engine.packing import Rows, most_sequences, plan_packed, widest
+from tte_jax.engine.packing import EVEN, Rows, most_sequences, plan_packed, widest
 from tte_jax.preprocess.positions import text_positions
 
 TABLE = ((1, 48), (1, 128), (4, 128), (8, 128), (2, 256))
@@ -17,10 +17,10 @@ TABLE = ((1, 48), (1, 128), (4, 128), (8, 128), (2, 256))
 
 def test_rows_are_filled_from_the_first_on_and_hold_as_many_as_they_have_places_for():
     rows = Rows((2, 32))
-    assert [rows.add(n) for n in (20, 10, 5, 4)] == [(0, 0, 0), (0, 20, 1), (1, 0, 0), (1, 5, 1)]
+    assert [rows.add(n) for n in (20, 10, 5, 4)] == [(0, 0, 0), (0, 20, 1), (1, 0, 0), (1, 6, 1)]
     assert most_sequences(32) == 2
     assert rows.add(1) is None  # tokens are left, places are not
-    assert (rows.used, rows.counts) == ([30, 9], [2, 2])
+    assert (rows.used, rows.counts) == ([30, 10], [2, 2])
     assert Rows((4, 32)).add(33) is None
 
 
@@ -35,6 +35,7 @@ def test_plans_hold_every_input_once_without_overlap():
             numbers = set()
             for place in batch.places:
                 end = place.start + lengths[place.index]
+                assert place.start % EVEN == 0
                 assert end <= batch.shape[1] and place.number < most_sequences(batch.shape[1])
                 taken[place.row, place.start : end] += 1
                 numbers.add((place.row, place.number))

@@ -64,7 +64,7 @@ def test_keys_tell_apart_what_makes_another_program(store):
         store.key(programs.normalised, shape),
         store.key(programs.normalised, jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)),
         store.key(programs.normalised, jax.ShapeDtypeStruct((3, 2), jnp.float32)),
-        store.key(programs.pooled, shape),
+        store.key(programs.encode_images, shape),
         store.key(partial(advance, stops=stops), shape),
         store.key(partial(advance, stops=others), shape),
     ]
@@ -86,16 +86,15 @@ def test_a_table_finds_what_an_earlier_one_compiled(store, monkeypatch):
     monkeypatch.setattr(executables, "_stored", store)
     model, rows = hf.load(tiny_models.text_dir()), 1 + secrets.randbelow(10**4)
     shape = jax.ShapeDtypeStruct((rows, 2, 64), jnp.float32)
-    n = jax.ShapeDtypeStruct((rows,), jnp.int32)
     x = np.random.default_rng(0).normal(size=shape.shape).astype(np.float32)
     found = []
     for _ in range(2):
         table = ExecutableTable(model)
-        table.add("pooled", rows, _pooled, shape, n, tokens=0)
+        table.add("normalised", rows, _normalised, shape, tokens=0)
         before = backend_compiles(), compile_cache_hits()
         table.warmup()
         found.append((backend_compiles() - before[0], compile_cache_hits() - before[1]))
-        y = table.run("pooled", rows, x, np.full(rows, 2, np.int32))
+        y = table.run("normalised", rows, x)
         np.testing.assert_allclose(np.linalg.norm(y, axis=-1), 1, atol=1e-6)
     assert found == [(1, 0), (1, 1)]
 
@@ -108,17 +107,15 @@ def test_what_comes_from_the_other_cache_is_not_written_again(store, monkeypatch
         jax.clear_caches()
         table = ExecutableTable(model)
         shape = jax.ShapeDtypeStruct((rows, 2, 64), jnp.float32)
-        table.add(
-            "pooled", rows, _pooled, shape, jax.ShapeDtypeStruct((rows,), jnp.int32), tokens=0
-        )
+        table.add("normalised", rows, _normalised, shape, tokens=0)
         hits = compile_cache_hits()
         table.warmup()
     assert compile_cache_hits() == hits + 1
     assert list(store._directory.iterdir()) == []
 
 
-def _pooled(model, x, n):
-    return programs.pooled(x, n)
+def _normalised(model, x):
+    return programs.normalised(x)
 
 
-_pooled.__module__ = programs.__name__  # where a program has to stand
+_normalised.__module__ = programs.__name__  # where a program has to stand

@@ -112,18 +112,16 @@ class QueueStats:
         entries: Sequence[Entry],
         tokens: int,
         *,
-        again: int = 0,
         used: int | None = None,
     ) -> None:
         """Counts a batch of `entries` with `tokens` real tokens, run as `shape` (rows, tokens).
 
         Args:
-          again: further rows, with the next piece of entries that were counted before.
-          used: rows that had something in them, where entries share rows.
+          used: rows that had something in them, where these are not just one for each entry.
         """
         rows, length = shape
         self.batches += 1
-        self.rows += len(entries) + again if used is None else used
+        self.rows += len(entries) if used is None else used
         self.row_places += rows
         self.tokens += tokens
         self.token_places += rows * length

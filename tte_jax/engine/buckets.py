@@ -28,7 +28,8 @@ class Buckets:
     Attributes:
       images: (G, P): G images at a time, each of at most P patches. Groups keep attention cost
         linear in the number of images, where one long packed row would make it quadratic.
-      prefill: (b, T): b prompts of at most T tokens, written into decode slots.
+      prefill: (b, T): b rows of T tokens, in each of which whole prompts stand one behind the
+        other, written into decode slots.
       append: (b, T, S): the next T tokens of b prompts, behind at most S earlier ones in their
         slots. The largest T is the chunk: longer prompts are read chunk by chunk, decoding in
         between, and prompts that begin with a kept prefix are read from its end. Empty = neither:
@@ -106,7 +107,7 @@ class Buckets:
 
 MINI = Buckets(
     images=((1, 64), (8, 64)),
-    prefill=((1, 64), (16, 64), (4, 128)),
+    prefill=((1, 64), (1, 128), (4, 128)),
     embed=((1, 64), (1, 128), (8, 128), (1, 256)),
     prefix=(128,),
     score=((16, 64), (16, 128)),

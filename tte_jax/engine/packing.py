@@ -17,6 +17,11 @@ TOKENS_PER_SEQUENCE = 16
 """A row of T tokens holds at most T / 16 sequences: each has a place in the program's result. The
 shortest prompts are about as long."""
 
+EVEN = 2
+"""Sequences begin at even tokens. Where a product has few rows (the last layer's, of pooled tokens
+only), CPU kernels sum even and odd keys apart, and a sequence moved by one would differ in its last
+bits (seen with AVX-512)."""
+
 
 def most_sequences(tokens: int) -> int:
     """J: how many sequences a row of `tokens` tokens holds at most."""
@@ -29,7 +34,7 @@ class Rows:
 
     Attributes:
       shape: (rows, tokens).
-      used: tokens in each row.
+      used: where the next sequence of each row would begin.
       counts: sequences in each row.
     """
 
@@ -47,12 +52,12 @@ class Rows:
         most = most_sequences(tokens)
         for row, (used, count) in enumerate(zip(self.used, self.counts, strict=True)):
             if used + length <= tokens and count < most:
-                self.used[row] += length
+                self.used[row] = _even(used + length)
                 self.counts[row] += 1
                 return row, used, count
         if len(self.used) == rows or length > tokens:
             return None
-        self.used.append(length)
+        self.used.append(_even(length))
         self.counts.append(1)
         return len(self.used) - 1, 0, 0
 
@@ -115,3 +120,7 @@ def _fill(
             tokens += lengths[index]
     cost = (shape[0] * shape[1] + DISPATCH_TOKENS) / tokens
     return (cost, -tokens), PackedBatch(shape, len(rows.used), tuple(places))
+
+
+def _even(tokens: int) -> int:
+    return -(-tokens // EVEN) * EVEN

@@ -1,4 +1,4 @@
-"""How prompts get into their slots: whole and in batches, or piece by piece behind what is there.
+"""How prompts get into their slots: whole, sharing rows, or piece by piece behind what is there.
 
 Between two decode dispatches at most one piece of the prompts that are read in pieces is read, and
 of the whole ones as many tokens as a piece has: who decodes gets the next tokens within a bounded
@@ -12,7 +12,7 @@ time, however long the prompts are that came in meanwhile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tte_jax.engine import programs
-from tte_jax.engine.buckets import (
-    DISPATCH_TOKENS,
-    AppendShape,
-    Buckets,
-    Shape,
-    longest,
-    plan_batches,
-)
+from tte_jax.engine.buckets import DISPATCH_TOKENS, AppendShape, Buckets, longest
 from tte_jax.engine.decode_state import DecodeState
 from tte_jax.engine.executables import ExecutableTable
-from tte_jax.engine.inputs import ModelInput, pad_rows, place_features
+from tte_jax.engine.inputs import ModelInput, pack_rows, pad_rows, place_features
 from tte_jax.engine.next_token import Control, Stops
+from tte_jax.engine.packing import PackedBatch, most_sequences, plan_packed
 from tte_jax.engine.prefix_cache import Beginning, PrefixCache
 from tte_jax.engine.vision import VisionEncoder
 from tte_jax.models.multimodal import MultimodalLM
@@ -71,19 +65,32 @@ class Filling:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One run of "prefill" or "append": the next `counts` tokens of each of `fillings`."""
+    """One run of "prefill" or "append": the next `counts` tokens of each of `fillings`.
+
+    Attributes:
+      key: of the executable.
+      results: for how many prompts it answers; the first ones are `fillings`.
+      batch: where whole prompts stand, by their place in `fillings`; None = a row for each.
+    """
 
     program: str
     key: tuple[int, ...]
     fillings: tuple[Filling, ...]
     counts: tuple[int, ...]
+    results: int
+    batch: PackedBatch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.key[0], self.key[1]
 
+    @property
+    def rows(self) -> int:
+        """How many rows have something in them."""
+        return len(self.fillings) if self.batch is None else self.batch.rows
 
-_Batch = tuple[Shape, tuple[Filling, ...]]
+
+_Batch = tuple[PackedBatch, tuple[Filling, ...]]
 
 
 class Prefill:
@@ -121,6 +128,7 @@ class Prefill:
         )
         lay = table.layout
         for rows, tokens in buckets.prefill:
+            most = self._most((rows, tokens))
             table.add(
                 "prefill",
                 (rows, tokens),
@@ -128,12 +136,16 @@ class Prefill:
                 state,
                 lay.rows(jnp.int32, rows, tokens),
                 lay.rows(jnp.int32, rows, 3, tokens),
-                lay.rows(jnp.int32, rows),
+                lay.rows(jnp.int32, rows, tokens),
+                lay.rows(jnp.int32, rows, most_sequences(tokens)),
                 lay.whole(self._dtype, rows * tokens, self._width) if vision else None,
                 lay.rows(jnp.int32, rows, tokens) if vision else None,
-                lay.whole(jnp.int32, rows),
-                lay.whole(jnp.int32, rows),
-                jax.tree.map(lambda x, rows=rows: lay.whole(x.dtype, rows), state.control),
+                lay.whole(jnp.int32, 2, rows, tokens),
+                lay.whole(jnp.int32, most),
+                lay.whole(jnp.int32, most),
+                lay.whole(jnp.int32, most),
+                lay.whole(jnp.int32, most),
+                jax.tree.map(lambda x, most=most: lay.whole(x.dtype, most), state.control),
                 donate=(0,),
                 tokens=rows * tokens,
             )
@@ -211,44 +223,53 @@ class Prefill:
         """Runs a dispatch; `state` is donated.
 
         Args:
-          control: fresh values, one row for each of the bucket.
+          control: fresh values, one for each of the dispatch's `results`.
 
         Returns: as `programs.prefill`.
         """
-        rows, tokens = dispatch.shape
+        fillings, batch = dispatch.fillings, dispatch.batch
         pieces = [
             f.input.piece(f.filled, f.filled + n, merged=self._merged)
-            for f, n in zip(dispatch.fillings, dispatch.counts, strict=True)
+            for f, n in zip(fillings, dispatch.counts, strict=True)
         ]
-        ids, positions, n = pad_rows(pieces, (rows, tokens))
+        starts = None if batch is None else [(place.row, place.start) for place in batch.places]
         vis = vis_idx = None
         saved = [0] * len(pieces)
         if self._vision is not None:
-            features, saved = self._features(self._vision, dispatch.fillings, pieces)
+            features, saved = self._features(self._vision, fillings, pieces)
             vis, vis_idx = place_features(
-                pieces, (rows, tokens), features, width=self._width, dtype=self._dtype
+                pieces,
+                dispatch.shape,
+                features,
+                width=self._width,
+                dtype=self._dtype,
+                starts=starts,
             )
 
-        def column(values: Sequence[Any], dtype: Any, fill: Any = 0) -> np.ndarray:
-            out = np.full(rows, fill, dtype)
+        def column(values: Sequence[Any], dtype: Any = np.int32, fill: Any = 0) -> np.ndarray:
+            out = np.full(dispatch.results, fill, dtype)
             out[: len(values)] = values
             return out
 
-        fillings = dispatch.fillings
-        # Out of range: padding rows are written nowhere.
-        slots = column([f.slot for f in fillings], np.int32, self._buckets.slots)
-        place: tuple[Any, ...] = (slots,)
-        if dispatch.program == "append":
+        # Out of range: what is not there is written nowhere.
+        slots = column([f.slot for f in fillings], fill=self._buckets.slots)
+        next_pos = column([f.input.next_pos for f in fillings])
+        tokens: tuple[np.ndarray, ...]
+        place: tuple[np.ndarray, ...]
+        if batch is None:
+            tokens = pad_rows(pieces, dispatch.shape)
             lasts = [f.left == n for f, n in zip(fillings, dispatch.counts, strict=True)]
-            place = (slots, column([f.filled for f in fillings], np.int32), column(lasts, np.bool_))
-        next_pos = column([f.input.next_pos for f in fillings], np.int32)
+            place = (slots, column([f.filled for f in fillings]), column(lasts, np.bool_))
+        else:
+            tokens = pack_rows(pieces, batch)
+            per_row = most_sequences(dispatch.shape[1])
+            which = column([place.row * per_row + place.number for place in batch.places])
+            place = (self._cells(dispatch), which, slots, column(dispatch.counts))
         done = self._table.run(
             dispatch.program,
             dispatch.key,
             state,
-            ids,
-            positions,
-            n,
+            *tokens,
             vis,
             vis_idx,
             *place,
@@ -266,6 +287,21 @@ class Prefill:
         for beginning in self.prefixes.missing(filling.beginnings, beyond=before):
             if beginning.end <= filling.filled:
                 self.prefixes.keep(state, beginning, filling.slot)
+
+    def _most(self, shape: tuple[int, int]) -> int:
+        """How many prompts a "prefill" of a shape answers for at most."""
+        rows, tokens = shape
+        return min(rows * most_sequences(tokens), self._buckets.slots)
+
+    def _cells(self, dispatch: Dispatch) -> np.ndarray:
+        """[2 B T]: the slot of each token of whole prompts, and its place there."""
+        assert dispatch.batch is not None
+        cells = np.full((2, *dispatch.shape), self._buckets.slots, np.int32)
+        for at, filling in zip(dispatch.batch.places, dispatch.fillings, strict=True):
+            part = slice(at.start, at.start + filling.input.tokens)
+            cells[0, at.row, part] = filling.slot
+            cells[1, at.row, part] = np.arange(filling.input.tokens)
+        return cells
 
     def _fits_whole(self, tokens: int) -> bool:
         b = self._buckets
@@ -286,19 +322,23 @@ class Prefill:
             batches.sort(key=lambda batch: min(since[id(f)] for f in batch[1]))
         chosen: list[Dispatch] = []
         places = 0
-        for shape, some in batches:
+        for batch, some in batches:
+            shape = batch.shape
             places += shape[0] * shape[1]
             if chosen and self._budget is not None and places > self._budget:
                 break
             counts = tuple(f.input.tokens for f in some)
-            chosen.append(Dispatch("prefill", shape, some, counts))
+            chosen.append(Dispatch("prefill", shape, some, counts, self._most(shape), batch))
         return chosen
 
     def _batches(self, fillings: Sequence[Filling]) -> list[_Batch]:
-        plan = plan_batches(
-            [f.input.tokens for f in fillings], self._buckets.prefill, what="the prompt"
-        )
-        return [(batch.shape, tuple(fillings[i] for i in batch.rows)) for batch in plan]
+        """Batches of them all; the `places` of each count within its own fillings."""
+        batches: list[_Batch] = []
+        for batch in plan_packed([f.input.tokens for f in fillings], self._buckets.prefill):
+            places = tuple(replace(place, index=i) for i, place in enumerate(batch.places))
+            some = tuple(fillings[place.index] for place in batch.places)
+            batches.append((replace(batch, places=places), some))
+        return batches
 
     def _pieces(self, fillings: Sequence[Filling]) -> Dispatch:
         """The next piece of the first prompt, and of others that fit into the same shape.
@@ -328,7 +368,7 @@ class Prefill:
         counts = tuple(
             f.left if f.left <= tokens else min(tokens, self._reach - f.filled) for f in some
         )
-        return Dispatch("append", shape, some, counts)
+        return Dispatch("append", shape, some, counts, results=rows)
 
     def _features(
         self, vision: VisionEncoder, fillings: Sequence[Filling], pieces: Sequence[ModelInput]
@@ -357,4 +397,5 @@ class Prefill:
 
 
 def _cost(batches: Sequence[_Batch]) -> int:
-    return sum(rows * tokens + DISPATCH_TOKENS for (rows, tokens), _ in batches)
+    shapes = (batch.shape for batch, _ in batches)
+    return sum(rows * tokens + DISPATCH_TOKENS for rows, tokens in shapes)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tte_jax.engine.decode_state import DecodeState, cached
@@ -21,7 +20,7 @@ from tte_jax.engine.next_token import NO_TOKEN, Control, Stops, advance
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.stack import Apart, PerLayer
 from tte_jax.models.text import KVCache, LayerCaches
-from tte_jax.nn.linear import explicit_spec, gathered
+from tte_jax.nn.linear import gathered
 
 
 def encode_images(
@@ -60,11 +59,6 @@ def embed(
     return normalised(hidden)
 
 
-def pooled(hidden: Float[Array, "B T D"], n: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """The embedding of each row of `n` real tokens: its last one, L2-normalised in float32."""
-    return normalised(_last(hidden, n))
-
-
 def normalised(z: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """L2-normalised in float32."""
     z = z.astype(jnp.float32)
@@ -100,10 +94,16 @@ def score(
 ) -> Float[Array, " N"]:
     """P(yes) = sigmoid((W_yes - W_no) . h_last): two rows of the output head, not all of it."""
     hidden, _ = model.forward(
-        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx, prefix=before
+        ids,
+        valid=_valid(ids, n),
+        positions=positions,
+        vis=vis,
+        vis_idx=vis_idx,
+        prefix=before,
+        at=last_place(n),
     )
     yes, no = model.text.head_rows((yes_id, no_id))
-    return jax.nn.sigmoid(_last(hidden, n).astype(jnp.float32) @ (yes - no))
+    return jax.nn.sigmoid(hidden[:, 0].astype(jnp.float32) @ (yes - no))
 
 
 def prefill(
@@ -111,36 +111,51 @@ def prefill(
     state: DecodeState,
     ids: Int[Array, "B T"],
     positions: Int[Array, "B 3 T"],
-    n: Int[Array, " B"],
+    segments: Int[Array, "B T"],
+    ends: Int[Array, "B J"],
     vis: Float[Array, "V D"] | None,
     vis_idx: Int[Array, "B T"] | None,
-    slots: Int[Array, " B"],
-    next_pos: Int[Array, " B"],
+    cells: Int[Array, "2 B T"],
+    which: Int[Array, " S"],
+    slots: Int[Array, " S"],
+    n: Int[Array, " S"],
+    next_pos: Int[Array, " S"],
     control: Control,
     *,
     stops: Stops,
-) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
-    """Reads prompts into slots and chooses each one's first token.
+) -> tuple[DecodeState, Int[Array, " S"], Bool[Array, " S"], Bool[Array, " S"]]:
+    """Reads whole prompts, of which several may share a row, and chooses each one's first token.
 
     Args:
       state: donated.
-      slots: the slot of each row; the number of slots = a padding row, which is written nowhere.
-      next_pos: rotary position after the prompt.
+      segments, ends: as in `embed`.
+      cells: the slot of each token and its place there; no such slot = padding, written nowhere.
+      which: of each prompt, the place of its end in `ends`, counted row after row.
+      slots: of each prompt; the number of slots = there is no such prompt, and nothing is written.
+      n: tokens of each prompt.
+      next_pos: rotary position after it.
       control: fresh control values, `generated` 0.
 
     Returns:
-      The new state; the first token, whether the slot is done, and whether it failed, per row.
+      The new state; the first token, whether the slot is done, and whether it failed, per prompt.
     """
     hidden, (k, v) = model.forward(
-        ids, valid=_valid(ids, n), positions=positions, vis=vis, vis_idx=vis_idx
+        ids,
+        valid=segments > 0,
+        positions=positions,
+        vis=vis,
+        vis_idx=vis_idx,
+        segments=segments,
+        at=ends,
     )
-    token, control = advance(control, gathered(model.logits(_last(hidden, n))), stops)
-    tokens = ids.shape[1]
+    last = gathered(hidden).reshape(-1, hidden.shape[-1])[which]
+    token, control = advance(control, gathered(model.logits(last)), stops)
+    slot, place = cells
     k, v = gathered(k, like=state.k), gathered(v, like=state.v)
     state = DecodeState(
-        k=state.k.at[:, slots, :tokens].set(cached(k, state.k), mode="drop"),
-        v=state.v.at[:, slots, :tokens].set(cached(v, state.v), mode="drop"),
-        length=state.length.at[slots].set(gathered(n), mode="drop"),
+        k=state.k.at[:, slot, place].set(cached(k, state.k), mode="drop"),
+        v=state.v.at[:, slot, place].set(cached(v, state.v), mode="drop"),
+        length=state.length.at[slots].set(n, mode="drop"),
         next_pos=state.next_pos.at[slots].set(next_pos, mode="drop"),
         control=jax.tree.map(
             lambda old, new: old.at[slots].set(new, mode="drop"), state.control, control
@@ -170,7 +185,7 @@ def append(
 
     Args:
       state: donated.
-      slots: as in `prefill`.
+      slots: the slot of each row; the number of slots = a padding row, which is written nowhere.
       start: at most `places`.
       last: the prompt ends here, and its first token is chosen; else the slot stays done, so that
         decoding in between leaves it alone.
@@ -185,9 +200,15 @@ def append(
     )
     valid = _valid(ids, n)
     hidden, (k, v) = model.forward(
-        ids, valid=valid, positions=positions, vis=vis, vis_idx=vis_idx, prefix=before
+        ids,
+        valid=valid,
+        positions=positions,
+        vis=vis,
+        vis_idx=vis_idx,
+        prefix=before,
+        at=last_place(n),
     )
-    token, control = advance(control, gathered(model.logits(_last(hidden, n))), stops)
+    token, control = advance(control, gathered(model.logits(hidden[:, 0])), stops)
     control = replace(control, done=control.done | ~last)
     # Padding goes nowhere: what lies behind a prompt may be another sequence's past, never this
     # one's future.
@@ -313,12 +334,10 @@ def _readable(
     )
 
 
+def last_place(n: Int[Array, " B"]) -> Int[Array, "B 1"]:
+    """Where the last of each row's `n` tokens stands; 0 for a row of padding."""
+    return jnp.maximum(n - 1, 0)[:, None]
+
+
 def _valid(ids: Array, n: Array) -> Array:
     return jnp.arange(ids.shape[1])[None, :] < n[:, None]
-
-
-def _last(hidden: Array, n: Array) -> Array:
-    rows, last = jnp.arange(hidden.shape[0]), jnp.maximum(n - 1, 0)
-    if (split := explicit_spec(hidden)) is None:
-        return hidden[rows, last]
-    return hidden.at[rows, last].get(out_sharding=PartitionSpec(split[0], None))

@@ -27,7 +27,7 @@ from tte_jax.engine.buckets import Buckets, Shape, longest, plan_batches
 from tte_jax.engine.decode_state import DecodeState
 from tte_jax.engine.executables import ExecutableTable
 from tte_jax.engine.inputs import ModelInput
-from tte_jax.engine.programs import pooled
+from tte_jax.engine.programs import last_place, normalised
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.text import KVCache
 from tte_jax.nn.linear import explicit_spec
@@ -129,8 +129,9 @@ def embed_slots(
         valid=steps[None, :] < n[:, None],
         positions=jnp.broadcast_to((position[:, None] + steps)[:, None, :], (rows, 3, tokens)),
         prefix=KVCache(k=k, v=v, length=reused),
+        at=last_place(n),
     )
-    return pooled(hidden, n)
+    return normalised(hidden[:, 0])
 
 
 def _rows(cache: Array, slots: Array) -> Array:

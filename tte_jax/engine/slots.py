@@ -261,7 +261,7 @@ class DecodeLoop:
         cached = sum(f.cached_tokens for f in dispatch.fillings)
         assert self._state is not None
         try:
-            control = control_of([o.job for o in some], dispatch.key[0])
+            control = control_of([o.job for o in some], dispatch.results)
             self._state, *out = self._prefill.run(self._state, dispatch, control)
         except Exception as error:
             if self._state_lost():
@@ -280,7 +280,7 @@ class DecodeLoop:
             self.stats.appends += 1
         fresh = [o.entry for o in some if not o.counted]
         stats = self.queue.stats
-        stats.ran(dispatch.shape, fresh, sum(dispatch.counts), again=len(some) - len(fresh))
+        stats.ran(dispatch.shape, fresh, sum(dispatch.counts), used=dispatch.rows)
         stats.cached_tokens += sum(f.cached_tokens for f in dispatch.fillings) - cached
         tokens, done, failed = jax.device_get(out)
         ended: list[int] = []
