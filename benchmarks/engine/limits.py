@@ -31,15 +31,17 @@ MEMORY_BYTES = 512 * 2**20
 def measure(directory: Path, *, rounds: int) -> dict[str, Any]:
     """Prefill against the rate of a large product, decode against the rate of reading memory."""
     text = model_config(directory).text
-    d, heads = text.hidden_size, (2 * text.heads + 2 * text.kv_heads) * text.head_dim
-    weights = text.layers * (d * heads + 3 * d * text.intermediate_size)
+    d, head = text.hidden_size, text.vocab_size * text.hidden_size
+    kv = 2 * d * text.kv_heads * text.head_dim
+    others = 2 * d * text.heads * text.head_dim + 3 * d * text.intermediate_size
     rows, tokens = _largest(directory)
-    # The score and value products of causal attention count once for each pair that is looked at.
-    pairs = rows * tokens * (tokens + 1) / 2
-    attention = 4 * text.layers * text.heads * text.head_dim * pairs
-    head = text.vocab_size * d
-    flops = 2 * rows * tokens * weights + attention + 2 * rows * head
-    read = 4 * (weights + head)
+    # The last layer does more than keys and values for the last token of each prompt only. Score
+    # and value products of causal attention count once for each pair that is looked at.
+    whole = text.layers - 1
+    through = tokens * (text.layers * kv + whole * others) + others + head
+    pairs = whole * tokens * (tokens + 1) / 2 + tokens
+    flops = rows * (2 * through + 4 * text.heads * text.head_dim * pairs)
+    read = 4 * (text.layers * (kv + others) + head)
 
     a = jnp.asarray(np.random.default_rng(0).normal(size=(MATRIX, MATRIX)), jnp.float32)
     product = jax.jit(jnp.matmul)
