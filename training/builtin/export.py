@@ -150,8 +150,8 @@ def main(config: Config) -> None:
 
     # The ladder fits what these models read: a picture is 16 patches and its prompt 18 tokens, an
     # ECR about 21 and at most 35, and ten candidates are reranked; long texts and very long or tall
-    # pictures take the larger ones. A query alone has small shapes; of a corpus on its way in, seven
-    # prompts share a row of 128.
+    # pictures take the larger ones. A query alone has small shapes; of a corpus on its way in,
+    # seven prompts share a row of 128.
     buckets: dict[str, Any] = {
         "images": [[1, 16], [8, 16], [1, 64]],
         "prefill": [[1, 32], [1, 64], [1, 128], [2, 128], [4, 128]],

@@ -17,11 +17,15 @@ from pathlib import Path
 
 import tyro
 
-from training.builtin import SIDE
+from training import rerank
+from training.builtin import SIDE, unified, vision
 from training.builtin.stages import Stage, run
 from tte_jax.builtin.models import REASONER, RERANKER
 from tte_jax.cli import exits
 from tte_jax.errors import InvalidInputError, NotFoundError, TteError
+
+WARMUP = 20
+"""Steps in which the rate rises where the unified model goes on from one."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,23 @@ def check(config: Config) -> None:
         raise InvalidInputError(
             f"--sizes.own-share {sizes.own_share} must lie between 0 and 1", field="sizes.own_share"
         )
-    least = {
-        "tower_steps": 1, "tower_batch": 1, "unified_steps": 0, "reranker_steps": 0, "rounds": 0,
-        "limit": 1, "composed": 1,
-    }  # fmt: skip
-    for name, low in least.items():
+    for name, low in {"tower_batch": 1, "rounds": 0, "limit": 1, "composed": 1}.items():
         if getattr(sizes, name) < low:
             raise InvalidInputError(
                 f"--sizes.{name.replace('_', '-')} {getattr(sizes, name)} is less than {low}",
+                field=f"sizes.{name}",
+            )
+    rises = {
+        "tower_steps": vision.Config.warmup,
+        "unified_steps": WARMUP if config.start else unified.Config.warmup,
+        "reranker_steps": rerank.Config.warmup,
+    }
+    for name, rise in rises.items():
+        steps = getattr(sizes, name)
+        if steps <= rise and (steps or name == "tower_steps"):
+            raise InvalidInputError(
+                f"--sizes.{name.replace('_', '-')} {steps} is not more than the {rise} steps in "
+                "which the learning rate rises",
                 field=f"sizes.{name}",
             )
 
@@ -144,7 +157,7 @@ def recipe(config: Config) -> list[Stage]:
         begin = (*reading, "--vision", out / "vision" / "visual.npz")
         steps = sizes.unified_steps or 1500
     else:
-        begin = ("--start", start / REASONER, "--lr", 1.5e-3, "--warmup", 20)
+        begin = ("--start", start / REASONER, "--lr", 1.5e-3, "--warmup", WARMUP)
         steps = sizes.unified_steps or 720
     learn = (*data, *begin, "--out", unified, "--steps", steps)
     until = max(1, round(steps * (1 - sizes.own_share)))

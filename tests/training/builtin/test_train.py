@@ -102,8 +102,11 @@ def test_what_would_fail_after_hours_fails_at_once(tmp_path: Path) -> None:
         check(replace(config, version=" "))
     with pytest.raises(InvalidInputError, match="--sizes.own-share 1.0"):
         check(replace(config, sizes=Sizes(own_share=1.0)))
-    with pytest.raises(InvalidInputError, match="--sizes.tower-steps 0 is less than 1"):
+    with pytest.raises(InvalidInputError, match="--sizes.tower-steps 0 is not more than the 100 steps"):
         check(replace(config, sizes=Sizes(tower_steps=0)))
+    with pytest.raises(InvalidInputError, match="unified-steps 5 is not more than the 40 steps"):
+        check(replace(config, sizes=Sizes(unified_steps=5)))
+    check(replace(config, start=WEIGHTS_DIR, sizes=Sizes(unified_steps=25)))
 
 
 def test_errors_are_one_line_and_an_exit_code(
