@@ -1,18 +1,22 @@
-"""Command lines of the trainers: a preset by name, and every field of it as an option.
+"""Command lines of `training`: how they end, and the trainers' presets.
 
-python -m training.contrastive --config paper-2b --model models/Qwen2-VL-2B --steps 100
+A trainer has presets by name, and every field of one as an option:
+
+    python -m training.contrastive --config paper-2b --model models/Qwen2-VL-2B --steps 100
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import tyro
 
 from tte_jax.cli import exits
-from tte_jax.errors import InvalidInputError, TteError
+from tte_jax.errors import InvalidInputError, TteError, UnavailableError
 
 C = TypeVar("C")
 
@@ -46,14 +50,39 @@ def command(
     about: str | None,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Runs a trainer as a command; returns the exit code of `tte_jax.cli.exits`.
+    """`ended` for a trainer.
 
     Args:
       about: the module's docstring; its first line describes the command.
     """
+    return ended(lambda: main(parse(presets, (about or "").split("\n")[0], arguments)))
+
+
+def ended(work: Callable[[], object]) -> int:
+    """Does a command's work; returns the exit code of `tte_jax.cli.exits`.
+
+    An error is told in a line or two. SIGTERM unwinds the work, so that what it runs as processes
+    of its own is ended too; then SystemExit is raised with 128 + its number.
+    """
     try:
-        main(parse(presets, (about or "").split("\n")[0], arguments))
+        with _unwound_by_sigterm():
+            work()
     except (TteError, KeyboardInterrupt) as error:
         print(f"Error: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
+        if isinstance(error, UnavailableError):
+            print("Run the same command again once that is mended.", file=sys.stderr)
         return exits.exit_code(error)
     return exits.OK
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    def leave(number: int, frame: object) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

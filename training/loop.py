@@ -29,6 +29,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from training.configuration import ended
 from training.data.rows import ExampleSource
 from training.data.sources import open_source, with_option
 from training.mining import candidates, miner
@@ -40,9 +41,8 @@ from training.mining.table import Table
 from training.mining.workspace import Workspace
 from training.telemetry import Telemetry
 from tte_jax.builtin import models
-from tte_jax.cli import exits
 from tte_jax.client import NegativeMiner, RemoteEmbedder
-from tte_jax.errors import PreconditionError, TteError, UnavailableError
+from tte_jax.errors import PreconditionError
 from tte_jax.stages import EmbedderStage
 
 log = logging.getLogger(__name__)
@@ -383,15 +383,7 @@ def _waited_for(trainer: subprocess.Popen[bytes]) -> int:
 def main(config: Config) -> int:
     """Runs the loop; returns the exit code of `tte_jax.cli.exits`."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
-    try:
-        model = asyncio.run(run(config))
-    except (TteError, KeyboardInterrupt) as error:
-        print(f"Error: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
-        if isinstance(error, UnavailableError):
-            print("Start the service, then run the same command again.", file=sys.stderr)
-        return exits.exit_code(error)
-    print(model)
-    return exits.OK
+    return ended(lambda: print(asyncio.run(run(config))))
 
 
 if __name__ == "__main__":

@@ -22,18 +22,17 @@ from typing import Literal, TypeVar
 
 import tyro
 
+from training.configuration import ended
 from training.data.ecrs import PLAIN, TRUTH, Ecr, EcrStore, ecr_key
 from training.data.examples import Document, Example
 from training.data.rows import ExampleSource
 from training.data.sources import open_source
-from tte_jax.cli import exits
 from tte_jax.client import RemoteReasoner
 from tte_jax.content import Side
 from tte_jax.errors import (
     InvalidInputError,
     OverloadedError,
     PreconditionError,
-    TteError,
     UnavailableError,
 )
 from tte_jax.limits import MAX_BATCH_ITEMS, MAX_INSTRUCTION_CHARS
@@ -257,16 +256,15 @@ async def _patiently(ask: Callable[[], Awaitable[T]], patience_s: float) -> T:
 def main(config: Config) -> int:
     """Runs it; returns the exit code of `tte_jax.cli.exits`."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         done = asyncio.run(run(config))
-    except (TteError, KeyboardInterrupt) as error:
-        print(f"Error: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
-        return exits.exit_code(error)
-    print(
-        f"{done.path}: {done.written} written, {done.known} were there, {done.refused} refused, "
-        f"{done.empty} empty"
-    )
-    return exits.OK
+        print(
+            f"{done.path}: {done.written} written, {done.known} were there, {done.refused} "
+            f"refused, {done.empty} empty"
+        )
+
+    return ended(work)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from tte_jax.cli import exits
-from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError, TteError
+from training.configuration import ended
+from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError
 from tte_jax.evaluation.significance import Difference, Interval, compare, interval_of_tasks
 
 NAMED = "reasoning names it"
@@ -139,16 +139,15 @@ def _sides(scores: list[Scores]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def main(config: Config) -> int:
     """Prints it; returns the exit code of `tte_jax.cli.exits`."""
-    try:
+
+    def work() -> None:
         before, after = read(config.before), read(config.after)
         for name, found in (("before", before), ("after", after)):
             print(f"{name}: {', '.join(str(v) for v in found['models'].values())}")
         for metric in config.metrics:
             print("\n".join(["", *table(before, after, metric)]))
-    except TteError as error:
-        print(f"Error: {error.message}", file=sys.stderr)
-        return exits.exit_code(error)
-    return exits.OK
+
+    return ended(work)
 
 
 if __name__ == "__main__":

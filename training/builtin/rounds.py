@@ -17,7 +17,6 @@ import json
 import logging
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,13 +27,13 @@ import tyro
 
 from training import loop, reason
 from training.builtin import compare
+from training.configuration import ended
 from training.data.sources import open_source, with_option
 from training.mining.records import Rules
 from training.mining.rounds import Round
 from tte_jax.builtin.models import REASONER, RERANKER, WEIGHTS_DIR
-from tte_jax.cli import exits
 from tte_jax.corpus.durable import write_atomically
-from tte_jax.errors import InvalidInputError, PreconditionError, TteError, UnavailableError
+from tte_jax.errors import InvalidInputError, PreconditionError
 
 log = logging.getLogger(__name__)
 
@@ -234,21 +233,7 @@ async def run(config: Config) -> Path:
 def main(config: Config) -> int:
     """Runs it; returns the exit code of `tte_jax.cli.exits`."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
-
-    def leave(number: int, frame: object) -> None:
-        del frame
-        raise SystemExit(128 + number)  # what runs as a process of its own is ended on the way out
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        models = asyncio.run(run(config))
-    except (TteError, KeyboardInterrupt) as error:
-        print(f"Error: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
-        if isinstance(error, UnavailableError):
-            print("Run the same command again: it goes on there.", file=sys.stderr)
-        return exits.exit_code(error)
-    print(models)
-    return exits.OK
+    return ended(lambda: print(asyncio.run(run(config))))
 
 
 if __name__ == "__main__":

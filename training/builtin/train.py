@@ -20,9 +20,9 @@ import tyro
 from training import rerank
 from training.builtin import SIDE, unified, vision
 from training.builtin.stages import Stage, run
+from training.configuration import ended
 from tte_jax.builtin.models import REASONER, RERANKER
-from tte_jax.cli import exits
-from tte_jax.errors import InvalidInputError, NotFoundError, TteError
+from tte_jax.errors import InvalidInputError, NotFoundError
 
 WARMUP = 20
 """Steps in which the rate rises where the unified model goes on from one."""
@@ -203,7 +203,8 @@ def recipe(config: Config) -> list[Stage]:
 
 def main(config: Config) -> int:
     """Runs it; returns the exit code of `tte_jax.cli.exits`."""
-    try:
+
+    def work() -> None:
         check(config)
         stages = recipe(config)
         if config.dry_run:
@@ -211,10 +212,8 @@ def main(config: Config) -> int:
         else:
             run(stages, config.out)
             print(f"the models are in {config.out / 'models'}")
-    except TteError as error:
-        print(f"Error: {error.message}", file=sys.stderr)
-        return exits.exit_code(error)
-    return exits.OK
+
+    return ended(work)
 
 
 if __name__ == "__main__":

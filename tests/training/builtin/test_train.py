@@ -102,7 +102,7 @@ def test_what_would_fail_after_hours_fails_at_once(tmp_path: Path) -> None:
         check(replace(config, version=" "))
     with pytest.raises(InvalidInputError, match="--sizes.own-share 1.0"):
         check(replace(config, sizes=Sizes(own_share=1.0)))
-    with pytest.raises(InvalidInputError, match="--sizes.tower-steps 0 is not more than the 100 steps"):
+    with pytest.raises(InvalidInputError, match="tower-steps 0 is not more than the 100 steps"):
         check(replace(config, sizes=Sizes(tower_steps=0)))
     with pytest.raises(InvalidInputError, match="unified-steps 5 is not more than the 40 steps"):
         check(replace(config, sizes=Sizes(unified_steps=5)))
