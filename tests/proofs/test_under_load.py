@@ -26,8 +26,11 @@ from tests.proofs.storm import code_of, storm
 
 CLIENTS = 8
 PICTURES = [picture(random.Random(seed)) for seed in range(32)]
-# Allocators keep pages and arenas; a leak of requests would be this much after a hundred pictures.
+# Allocators keep pages and arenas, and give them back when they like: readings of an idle reranker
+# differ by 15 MiB from storm to storm. A leak of requests would be this much after a hundred
+# pictures, and grow with every storm.
 MEMORY_SLACK = 24 * 2**20
+STORMS = 4
 STATE = ("queue_depth", "queue_tokens", "active_slots", "requests_in_flight")
 
 
@@ -120,9 +123,12 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
     compiled = running.metrics()["tte_compile_count"]
     first = await once(3)
     threads, memory = running.threads(), running.memory_bytes()
-    second = await once(4)
+    later, readings = [], []
+    for number in range(1, STORMS):
+        later.append(await once(3 + number))
+        readings.append(running.memory_bytes() - memory)
 
-    for ended in (first, second):
+    for ended in (first, *later):
         gone = sum(count for how, count in ended.items() if how.startswith("cancelled"))
         assert sum(ended.values()) == CANCELS and gone >= 0.4 * CANCELS, ended
         # Who stayed was answered, or refused for what it sent.
@@ -130,11 +136,11 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
         assert stayed <= {"OK", "INVALID_ARGUMENT", "over before"}, ended
     await until(lambda: running.open_files() <= files, "closed connections")
     assert running.threads() <= threads
-    grown = running.memory_bytes() - memory
-    print(f"{running.role}: {dict(first)}, {dict(second)}; {grown / 2**20:+.1f} MiB")
-    assert grown < MEMORY_SLACK
+    grown = [f"{reading / 2**20:+.1f}" for reading in readings]
+    print(f"{running.role}: {dict(first)}, {dict(later[-1])}; {', '.join(grown)} MiB")
+    assert min(readings[-2:]) < MEMORY_SLACK, grown
     # Every place is free again: more at once than there are slots are answered.
-    codes, _ = await load(running, 4 * CLIENTS, seed=5)
+    codes, _ = await load(running, 4 * CLIENTS, seed=100)
     assert codes[grpc.StatusCode.OK] >= 2 * CLIENTS
     await settled(running)
     assert running.metrics()["tte_compile_count"] == compiled
