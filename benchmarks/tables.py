@@ -24,6 +24,7 @@ from benchmarks import (
     index_summary,
     model_tables,
     quality_tables,
+    soak,
     training_tables,
 )
 from benchmarks.engine.summary import summary
@@ -169,11 +170,21 @@ def parity(result: Mapping[str, Any]) -> str:
     )
 
 
+def memory(result: Mapping[str, Any]) -> str:
+    """Each process's memory under hours of use, and whether it is flat."""
+    return (
+        soak.summary(dict(result))
+        + (f"\n{result['requests']:,} requests in {result['seconds']:.0f} s.")
+        + _footnote(result)
+    )
+
+
 MEASURED = {
     "parity": Measured("parity.json", "make parity", parity),
     "latency": Measured("search.json", "python -m benchmarks.search", latency),
     "load": Measured("search.json", "python -m benchmarks.search", load),
     "engine": Measured("engine.json", "make bench-engine", engine),
+    "soak": Measured("soak.json", "python -m benchmarks.soak --minutes 0", memory),
     "index": Measured("index.json", "make bench-index", index),
     "loading": Measured("load.json", "python -m benchmarks.load", loading),
     "startup": Measured("startup.json", "python -m benchmarks.startup", startup),

@@ -81,7 +81,7 @@ class Journal:
 
     def add(self, stage: Stage, *, seconds: float, code: int) -> None:
         row = {"name": stage.name, "command": stage.command}
-        row |= {"seconds": round(seconds, 1), "exit": code}
+        row |= {"seconds": round(seconds, 3), "exit": code}
         with self._path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
