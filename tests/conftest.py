@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import compile_cache
+from training.launch import without_avx512
 
 compile_cache.enable()
+without_avx512(os.environ)  # the trainers' commands do so too
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook

@@ -7,6 +7,7 @@ A trainer has presets by name, and every field of one as an option:
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from training import launch
 from tte_jax.cli import exits
 from tte_jax.errors import InvalidInputError, TteError, UnavailableError
 
@@ -55,6 +57,7 @@ def command(
     Args:
       about: the module's docstring; its first line describes the command.
     """
+    launch.without_avx512(os.environ)
     return ended(lambda: main(parse(presets, (about or "").split("\n")[0], arguments)))
 
 

@@ -11,14 +11,30 @@ On a TPU pod slice JAX finds the processes by itself; the JobSet files only name
 from __future__ import annotations
 
 import os
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from tte_jax.errors import InvalidInputError
 
 PORTS = 4096
 FIRST_PORT = 65535 - PORTS + 1
+
+_ISA = "--xla_cpu_max_isa"
+
+
+def without_avx512(env: MutableMapping[str, str]) -> None:
+    """Has XLA compile for AVX2 on x86 CPUs, in this process and those it starts.
+
+    With AVX-512, LLVM cannot select a broadcast of eight bools (jax 0.10.2: `Cannot select …
+    SUBV_BROADCAST_LOAD`) and ends the process; the masks of small batches hold such ones.
+    Accelerators are not touched, and what `XLA_FLAGS` says already stays. Call before JAX has a
+    backend.
+    """
+    flags = env.get("XLA_FLAGS", "")
+    if platform.machine() in ("x86_64", "AMD64") and _ISA not in flags:
+        env["XLA_FLAGS"] = f"{flags} {_ISA}=AVX2".strip()
 
 
 @dataclass(frozen=True)

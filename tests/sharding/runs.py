@@ -28,8 +28,9 @@ def start(
     """Starts a child with `devices` host devices on an order; see the module's `main`."""
     path = folder / f"order_{order.get('process', 0)}.json"
     path.write_text(json.dumps(order))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -17,8 +17,9 @@ TIMEOUT_S = 280
 
 def start(module: str, function: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
     """A child with `devices` host devices that calls `module.function(*arguments)`."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

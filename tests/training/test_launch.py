@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from training import configuration, contrastive, sft
+from training import configuration, contrastive, launch, sft
 from training.launch import FIRST_PORT, Job, find, first_host
 from tte_jax.errors import InvalidInputError
 from tte_jax.sharding import parse_mesh
@@ -99,3 +99,19 @@ def test_presets_are_the_recipe() -> None:
     assert configuration.parse(sft.PRESETS, "", ["--config=paper-2b"]).optimiser.lr == 2e-5
     with pytest.raises(InvalidInputError, match="builtin, paper-2b, paper-7b"):
         configuration.parse(contrastive.PRESETS, "", ["--config", "big"])
+
+
+def test_programs_for_cpus_do_without_avx512_unless_somebody_says_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for before, after in (
+        ({}, "--xla_cpu_max_isa=AVX2"),
+        ({"XLA_FLAGS": "--xla_dump_to=/x"}, "--xla_dump_to=/x --xla_cpu_max_isa=AVX2"),
+        ({"XLA_FLAGS": "--xla_cpu_max_isa=AVX512"}, "--xla_cpu_max_isa=AVX512"),
+    ):
+        env = dict(before)
+        launch.without_avx512(env)
+        assert env["XLA_FLAGS"] == after
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    env = {}
+    launch.without_avx512(env)
+    assert env == {}
