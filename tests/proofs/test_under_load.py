@@ -138,7 +138,8 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
     assert running.threads() <= threads
     grown = [f"{reading / 2**20:+.1f}" for reading in readings]
     print(f"{running.role}: {dict(first)}, {dict(later[-1])}; {', '.join(grown)} MiB")
-    assert min(readings[-2:]) < MEMORY_SLACK, grown
+    # From the lower of the first readings: a process may still hold what its start needed.
+    assert min(readings[-2:]) - min(0, readings[0]) < MEMORY_SLACK, grown
     # Every place is free again: more at once than there are slots are answered.
     codes, _ = await load(running, 4 * CLIENTS, seed=100)
     assert codes[grpc.StatusCode.OK] >= 2 * CLIENTS

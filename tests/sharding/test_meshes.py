@@ -55,9 +55,8 @@ def test_eight_devices_say_what_one_says(outcome, number: int) -> None:
     assert alone.logits[real].std() > 0.5
     there = np.load(folder / f"{number}_0.npz")
     for name, ours in (("logits", alone.logits), ("hidden", alone.last_hidden_state)):
-        # Of the largest: logits go up to 4, and matrix kernels round otherwise on each processor.
-        bound = 1e-5 * np.abs(ours[real]).max()
-        np.testing.assert_allclose(there[name][real], ours[real], rtol=0, atol=bound)
+        # 1e-5 holds with AVX2; the matrix kernels for AVX-512 sum otherwise, by up to 1.22e-5.
+        np.testing.assert_allclose(there[name][real], ours[real], rtol=0, atol=1.5e-5)
 
 
 @pytest.mark.parametrize("number", range(len(MESHES)))
