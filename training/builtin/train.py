@@ -41,7 +41,8 @@ class Sizes:
       own_share: the last so much of them is trained on the model's own reasonings.
       own: pictures, texts and changes that the model is asked about for that.
       reranker_steps: 0 = 450 from `start`'s reranker, 600 from the unified model.
-      rows: text, image and composed queries that the reranker learns from.
+      rows: text, image and composed queries that the reranker learns from, and drawings that
+        look for their name.
       rounds: of rHNM; each is kept only if the retriever is not worse for it.
       limit, composed: queries of each task of the evaluation.
     """
@@ -52,7 +53,7 @@ class Sizes:
     own_share: float = 0.2
     own: tuple[int, int, int] = (3000, 1000, 1800)
     reranker_steps: int = 0
-    rows: tuple[int, int, int] = (900, 700, 1400)
+    rows: tuple[int, int, int, int] = (900, 700, 1400, 700)
     rounds: int = 2
     limit: int = 300
     composed: int = 200
@@ -175,7 +176,7 @@ def recipe(config: Config) -> list[Stage]:
     add(
         "rerank-rows", "training.builtin.rerank_rows", *data, "--model", first / REASONER,
         "--out", rows, "--text", sizes.rows[0], "--image", sizes.rows[1],
-        "--composed", sizes.rows[2],
+        "--composed", sizes.rows[2], "--named", sizes.rows[3],
         makes=rows,
     )  # fmt: skip
     add(
