@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from training.builtin.reasonings import weights_of, with_ecrs, write_ecrs
 from training.data import emoji
 from training.data.rows import ExampleSource
 from training.data.sources import open_source
+from training.launch import without_avx512
 from training.mining import arms, candidates
 from training.mining.mined_source import MinedSource
 from training.mining.records import NONE, RERANKER, Rules
@@ -128,6 +130,7 @@ def same_thing(source: ExampleSource, table: Table, groups: dict[str, str]) -> d
 
 
 def main(config: Config) -> int:
+    without_avx512(os.environ)
     begun, work = time.monotonic(), config.work / weights_of(config.model)
     enable_compile_cache(config.work / "compile-cache")
     data = emoji.load(config.data)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from training.data.emoji_examples import png
 from training.data.examples import Document
 from training.data.rows import ExampleSource, document
 from training.data.sources import open_source
+from training.launch import without_avx512
 from training.mining import candidates, injection
 from training.mining.mined_source import MinedSource
 from training.mining.records import RERANKER, UNFILTERED, Rules
@@ -188,6 +190,7 @@ def quality(
 
 def main(config: Config) -> int:
     """Mines one round, writes what its filter did, and what that was worth."""
+    without_avx512(os.environ)
     enable_compile_cache(config.work / "compile-cache")
     base = open_source(config.source)
     grouped = table_of(base)

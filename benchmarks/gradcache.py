@@ -12,6 +12,7 @@ machine is.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from training import batches, contrastive, parameters
 from training.batches import Item, Packing, SubBatch
 from training.contrastive_loss import Labels, Rules
 from training.gradcache import GradCache
+from training.launch import without_avx512
 from training.parameters import Split, Tuning
 from training.sequences import Counts
 from tte_jax.builtin import models
@@ -217,6 +219,7 @@ def peak(figures: Mapping[str, int]) -> int:
 
 
 def main(options: Options) -> int:
+    without_avx512(os.environ)
     result: dict[str, Any] = {
         **environment.describe("benchmarks.gradcache"),
         "noisy": False,  # nothing here is a time

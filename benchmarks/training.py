@@ -13,6 +13,7 @@ the ratio is of medians within this one run; PyTorch is not a dependency of ours
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from benchmarks import environment
 from training import batches, contrastive, parameters
 from training.batches import Item, Packing
 from training.contrastive_loss import Labels, Rules
+from training.launch import without_avx512
 from training.optimiser import Optimiser
 from training.parameters import Tuning
 from training.sequences import Counts
@@ -188,6 +190,7 @@ def _reset(state: dict[str, Any], parts: parameters.Split, directory: Path, tx: 
 
 
 def main(options: Options) -> int:
+    without_avx512(os.environ)
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -196,9 +196,7 @@ def ranked(roles: Roles, asked: Asked, pool: Pool, config: Config) -> Iterator[d
     ecrs: list[Reasoning] = [NO_REASONING if bare else next(reasoned) for bare in asked.bare]
     vectors = embed_all(roles, asked.contents, Side.QUERY, ecrs)
     order = np.argsort(-(vectors @ pool.vectors.T), axis=1, kind="stable")
-    for content, ecr, answer, found in zip(
-        asked.contents, ecrs, asked.answers, order, strict=True
-    ):
+    for content, ecr, answer, found in zip(asked.contents, ecrs, asked.answers, order, strict=True):
         head = found[: config.candidates].tolist()
         right = np.flatnonzero(pool.concepts == answer)
         if not set(head) & set(right.tolist()):
@@ -231,8 +229,8 @@ def main(config: Config) -> None:
         if not asked.contents:
             continue
         rows = list(ranked(roles, asked, pool, config))
-        first = sum(row["labels"][0] for row in rows)
-        print(f"{kind}: {len(rows)} rows; a right document is the first in {first / max(1, len(rows)):.1%}")
+        first = np.mean([row["labels"][0] for row in rows]) if rows else 0.0
+        print(f"{kind}: {len(rows)} rows; a right document is the first in {first:.1%}")
         lines += [json.dumps(row, ensure_ascii=False) for row in rows]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.out.with_suffix(".partial")
