@@ -68,7 +68,7 @@ class Config:
     start: Path = WEIGHTS_DIR / REASONER
     out: Path = Path(".data/runs/rerank")
     lists: int = 16
-    candidates: int = 6
+    candidates: int = 8
     prefix_room: int = 40
     suffix_room: int = 36
     listwise: float = 1.0
@@ -140,11 +140,11 @@ class RowSource:
         return Lists(prefix, prefix_length, suffix, suffix_length, labels)
 
     def _choose(self, row: dict, count: int, rng: np.random.Generator) -> np.ndarray:
-        """A right one if there is one, then the best-ranked wrong ones first: rows are ranked."""
+        """A right one if there is one, then wrong ones, more of those that rank before others."""
         labels = np.array(row["labels"])
         right = rng.permutation(np.flatnonzero(labels == 1))[:1]
         wrong = np.flatnonzero(labels == 0)
-        weights = 1.0 / (1.0 + np.arange(len(wrong)))
+        weights = (1.0 + np.arange(len(wrong))) ** -0.5
         take = min(count - len(right), len(wrong))
         if take == 0:
             return right

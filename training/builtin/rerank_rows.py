@@ -3,12 +3,13 @@
     python -m training.builtin.rerank_rows --out .data/runs/rerank/rows.jsonl
 
 The reasoner describes training pictures, the embedder ranks them, and the first candidates become
-one row: ranked, with the right ones marked. Documents are as they are served; queries are spoilt
-(small, grey, turned, cut, noisy), so that the reasoner errs about them as it does about art that it
-never saw. Where documents were spoilt too, a candidate in just the query's words was wrong
-so often that the reranker did not learn to look for it. A text stands on either side without a
-reasoning too, as it does when a client asks for none, or when the documents are names. Only
-training concepts are used.
+one row: ranked, with the right ones marked. Documents that have nothing to do with the query stand
+behind them; a reranker that has only seen near misses says yes to what is far off. Documents are as
+they are served; queries are spoilt (small, grey, turned, cut, noisy), so that the reasoner errs
+about them as it does about art that it never saw. Where documents were spoilt too, a candidate in
+just the query's words was wrong so often that the reranker did not learn to look for it. A text
+stands on either side without a reasoning too, as it does when a client asks for none, or when the
+documents are names. Only training concepts are used.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Config:
       text, image, composed: how many queries of each kind look for drawings; named: how many
         drawings look for their name.
       bare: share of the texts that are asked without a reasoning.
-      documents: drawings that are found; candidates: of a row.
+      documents: drawings that are found.
+      candidates: of a row, found ones; strangers: of a row, drawn from everything.
       spoilt_queries, spoilt_documents: how badly, at most, in [0, 1].
     """
 
@@ -58,7 +60,8 @@ class Config:
     named: int = 800
     bare: float = 0.3
     documents: int = 3300
-    candidates: int = 12
+    candidates: int = 10
+    strangers: int = 6
     spoilt_queries: float = 0.8
     spoilt_documents: float = 0.0
     budget: int = 64
@@ -183,8 +186,10 @@ def names(roles: Roles, questions: Questions) -> Pool:
     return Pool(concepts, [c.text for c in contents], vectors)
 
 
-def ranked(roles: Roles, asked: Asked, pool: Pool, config: Config) -> Iterator[dict[str, Any]]:
-    """A row of each query; the last candidate makes room for a right one when none is found."""
+def ranked(
+    roles: Roles, asked: Asked, pool: Pool, config: Config, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """A row of each query; the last one found makes room for a right one when none is found."""
     reasoned = iter(
         reason_all(
             roles,
@@ -201,6 +206,8 @@ def ranked(roles: Roles, asked: Asked, pool: Pool, config: Config) -> Iterator[d
         right = np.flatnonzero(pool.concepts == answer)
         if not set(head) & set(right.tolist()):
             head[-1] = int(right[0])
+        others = rng.permutation(found[config.candidates :])[: config.strangers]
+        head += [i for i in others.tolist() if pool.concepts[i] != answer]
         row = {
             "query": rerank_text(ecr, content),
             "candidates": [pool.read[i] for i in head],
@@ -228,7 +235,7 @@ def main(config: Config) -> None:
     for kind, (asked, pool) in kinds.items():
         if not asked.contents:
             continue
-        rows = list(ranked(roles, asked, pool, config))
+        rows = list(ranked(roles, asked, pool, config, rng))
         first = np.mean([row["labels"][0] for row in rows]) if rows else 0.0
         print(f"{kind}: {len(rows)} rows; a right document is the first in {first:.1%}")
         lines += [json.dumps(row, ensure_ascii=False) for row in rows]
