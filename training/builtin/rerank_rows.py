@@ -9,7 +9,8 @@ they are served; queries are spoilt (small, grey, turned, cut, noisy), so that t
 about them as it does about art that it never saw. Where documents were spoilt too, a candidate in
 just the query's words was wrong so often that the reranker did not learn to look for it. A text
 stands on either side without a reasoning too, as it does when a client asks for none, or when the
-documents are names. Only training concepts are used.
+documents are names. Most rows are texts alone (`builtin.said_rows`). Only training concepts are
+used.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tyro
 from training.builtin import texts
 from training.builtin.evaluate import Roles, embed_all, png, reason_all
 from training.builtin.images import spoil
+from training.builtin.said_rows import SaidRows
 from training.builtin.sampling import ImageTable, image_table, pick_row
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData, load
@@ -44,7 +46,7 @@ class Config:
     Attributes:
       model: the unified model directory.
       text, image, composed: how many queries of each kind look for drawings; named: how many
-        drawings look for their name.
+        drawings look for their name; said: rows of texts alone (`builtin.said_rows`).
       bare: share of the texts that are asked without a reasoning.
       documents: drawings that are found.
       candidates: of a row, found ones; strangers: of a row, drawn from everything.
@@ -58,6 +60,7 @@ class Config:
     image: int = 800
     composed: int = 1400
     named: int = 800
+    said: int = 14000
     bare: float = 0.3
     documents: int = 3300
     candidates: int = 10
@@ -239,6 +242,9 @@ def main(config: Config) -> None:
         first = np.mean([row["labels"][0] for row in rows]) if rows else 0.0
         print(f"{kind}: {len(rows)} rows; a right document is the first in {first:.1%}")
         lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+    known = [data.concepts[c] for c in questions.table.concepts]
+    said = SaidRows(known, candidates=config.candidates, strangers=config.strangers)
+    lines += [json.dumps(row, ensure_ascii=False) for row in said.draw(config.said, rng)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.out.with_suffix(".partial")
     temporary.write_text("\n".join(lines) + "\n")
