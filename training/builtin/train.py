@@ -40,7 +40,7 @@ class Sizes:
       unified_steps: of the unified model; 0 = 1,500 from nothing, 720 from `start`.
       own_share: the last so much of them is trained on the model's own reasonings.
       own: pictures, texts and changes that the model is asked about for that.
-      reranker_steps: 0 = 450 from `start`'s reranker, 600 from the unified model.
+      reranker_steps: 0 = 600 from `start`'s reranker, 1,500 from the unified model.
       rows: text, image and composed queries that the reranker learns from, and drawings that
         look for their name.
       rounds: of rHNM; each is kept only if the retriever is not worse for it.
@@ -182,7 +182,7 @@ def recipe(config: Config) -> list[Stage]:
     add(
         "reranker", "training.rerank", "--rows", rows, *reading, "--out", rerank,
         "--start", first / REASONER if start is None else start / RERANKER,
-        "--steps", sizes.reranker_steps or (600 if start is None else 450),
+        "--steps", sizes.reranker_steps or (1500 if start is None else 600),
         makes=rerank / "export" / "model.safetensors",
     )  # fmt: skip
     add_export("export", first if sizes.rounds else models, rerank / "export")
