@@ -131,11 +131,13 @@ class Questions:
         asked = Asked()
         while len(asked.contents) < count:
             family = families[self.rng.integers(len(families))]
-            source, target = self.rng.choice(family, 2, replace=False)
+            source, target = self.rng.choice(family, 2, replace=False).tolist()
             a, b = self._concept(source), self._concept(target)
             if texts.changed(a, b):
                 change = texts.change_query(a, b, self.rng)
-                asked.add(Content.of(change, self._picture(source)), self.table.concepts[target])
+                asked.add(
+                    Content.of(change, self._picture(source)), int(self.table.concepts[target])
+                )
         return asked
 
     def names(self) -> tuple[list[Content], np.ndarray]:
@@ -147,8 +149,8 @@ class Questions:
             said.append(Content.of(ways[self.rng.choice(3, p=(0.5, 0.3, 0.2))]))
         return said, self.table.concepts[self.here]
 
-    def _some(self, count: int) -> Sequence[int]:
-        return self.rng.choice(self.here, count, p=self.weights)
+    def _some(self, count: int) -> list[int]:
+        return self.rng.choice(self.here, count, p=self.weights).tolist()
 
     def _concept(self, index: int) -> Concept:
         return self.data.concepts[self.table.concepts[index]]
