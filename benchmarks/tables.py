@@ -207,6 +207,7 @@ MEASURED = {
         )
     },
     "mini-mmeb": Measured("mini_mmeb.json", "python -m benchmarks.mini", quality_tables.mini_mmeb),
+    "rounds": Measured("rounds.json", "python -m benchmarks.rounds", training_tables.rounds),
     "arms": Measured("arms.json", "python -m benchmarks.arms", training_tables.arms),
     "false_negatives": Measured(
         "false_negatives.json",
@@ -284,10 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not check:
             path.write_text(text)
         print(f"{path.relative_to(ROOT)}: {'not as the results say' if check else 'rewritten'}")
-    path = ROOT / "benchmarks/results/experiments.json"
-    experiments = json.loads(path.read_text()) if path.is_file() else {"experiments": {}}
-    old = drawings.stale(experiments, ROOT / drawings.FOLDER)
-    for name in old if check else drawings.write(experiments, ROOT / drawings.FOLDER):
+    shown = drawings.shown(ROOT / "benchmarks/results")
+    old = drawings.stale(shown, ROOT / drawings.FOLDER)
+    for name in old if check else drawings.write(shown, ROOT / drawings.FOLDER):
         print(f"{name}: {'not as the result says' if check else 'drawn'}")
     return 1 if check and (found or old) else 0
 

@@ -63,6 +63,57 @@ def arms(result: Mapping[str, Any]) -> str:
     )
 
 
+_ROUND_ARMS = {"none": "no reasoning", "ecr": "ECR"}
+
+
+def rounds(result: Mapping[str, Any]) -> str:
+    """The retriever after every round, then what each round changed and what it was made from."""
+    rows = [
+        [
+            label,
+            *(
+                "{:.1f} ({:.1f} to {:.1f})".format(
+                    *(100 * x for x in (own[metric]["mean"], *own[metric]["interval"]))
+                )
+                for own in arms.values()
+                for metric in own
+            ),
+        ]
+        for label, arms in result["states"].items()
+    ]
+    head = [
+        f"{_ROUND_ARMS[arm]}, {metric} (95 %)"
+        for arm, own in result["states"]["begin"].items()
+        for metric in own
+    ]
+    made = "\n![Rounds](figures/rounds.svg)\n\n" + table(["retriever", *head], rows)
+    rows = [
+        [
+            f"round {row['round'] + 1}",
+            *(
+                "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in row["difference"][arm]))
+                for arm in _ROUND_ARMS
+            ),
+            "kept" if row["kept"] else "dropped",
+            f"{row['mined']['negatives'] / row['mined']['records']:.1f}",
+            f"{row['mined']['false_negatives'] / row['mined']['records']:.1f}",
+        ]
+        for row in result["rounds"]
+    ]
+    made += table(
+        ["", *(f"{name}, points of MRR (95 %)" for name in _ROUND_ARMS.values()),
+         "the retriever is", "negatives a query", "taken for false negatives"],
+        rows,
+    )  # fmt: skip
+    models = result["rounds"][0]["models"]
+    return made + (
+        f"\n{sum(result['queries'].values())} training queries a round, {result['steps']} steps; "
+        f"{sum(result['asked'].values())} held-out queries of {len(result['asked'])} tasks. Each "
+        "round begins from the retriever that was kept last. "
+        f"{', '.join(f'`{name}`' for name in sorted(set(models.values())))}.{_footnote(result)}"
+    )
+
+
 def false_negatives(result: Mapping[str, Any]) -> str:
     """Duplicates among the negatives by filter, then what the filter is worth."""
     rows = []

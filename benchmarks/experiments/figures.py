@@ -1,4 +1,4 @@
-"""The figures of `docs/results.md`, small SVG files drawn from the result file.
+"""The figures of `docs/results.md`, small SVG files drawn from the result files.
 
 Each carries a digest of the figures that it was drawn from, so that a check can tell, whatever
 version of the library drew it, whether it shows the committed result.
@@ -30,6 +30,17 @@ _STYLE: dict[Any, Any] = {
 }
 
 Result = Mapping[str, Any]
+
+
+def shown(results: Path) -> Result:
+    """All that is drawn: the experiments, and the rounds of mined negatives as one of them."""
+    found: dict[str, Any] = {"experiments": {}, "titles": {}}
+    if (path := results / "experiments.json").is_file():
+        made = json.loads(path.read_text("utf-8"))
+        found = {key: dict(made[key]) for key in found}
+    if (path := results / "rounds.json").is_file():
+        found["experiments"]["rounds"] = {"rows": json.loads(path.read_text("utf-8"))["states"]}
+    return found
 
 
 def write(result: Result, folder: Path) -> list[Path]:
@@ -124,6 +135,25 @@ def _strength(found: Result, titles: Mapping[str, str]) -> Figure:
     return figure
 
 
+def _rounds(found: Result, titles: Mapping[str, str]) -> Figure:
+    """A line for each arm, round by round."""
+    del titles
+    states = found["rows"]
+    figure = Figure(figsize=(8, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for shift, (arm, name) in zip((-0.03, 0.03), _ROUND_ARMS.items(), strict=True):
+        rows = [
+            state[arm]["hit@1"] | {"hit@1": state[arm]["hit@1"]["mean"]}
+            for state in states.values()
+        ]
+        _points(axes, [place + shift for place in range(len(rows))], rows, name)
+    axes.set_xticks(range(len(states)), list(states))
+    axes.set_ylabel("hit@1, mean over tasks, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+    return figure
+
+
 def _points(axes: Axes, places: list[float], rows: list[Result], label: str) -> None:
     """Means joined by a line, with their intervals."""
     means, spread = _spread(rows)
@@ -140,8 +170,10 @@ def _spread(rows: Sequence[Result]) -> tuple[list[float], list[list[float]]]:
     return means, ends
 
 
+_ROUND_ARMS = {"none": "no reasoning", "ecr": "ECR"}
 _DRAW: dict[str, Callable[[Result, Mapping[str, str]], Figure]] = {
     "budget": _budget,
     "ablation": _ablation,
     "strength": _strength,
+    "rounds": _rounds,
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import training_tables
+from benchmarks import rounds, training_tables
+from benchmarks.experiments import figures
 
 ABOUT: dict[str, Any] = {
     "command": "python -m benchmarks.x", "date": "2026-01-02", "commit": "abc", "noisy": False,
@@ -46,6 +49,30 @@ def test_arms_show_spread_false_negatives_and_the_verdict() -> None:
     assert "0.430 ± 0.013 | 0.530 ± 0.013 | 4.0 | 62.5 % |" in text
     assert "nearest by the embedder over none | -2.0 (-3.0 to -1.0) | -2.0, +2.0 | worse |" in text
     assert "-0.5 (-1.5 to +0.5) | no difference |" in text and "1,600 training queries" in text
+
+
+def test_rounds_show_every_retriever_and_what_became_of_it(tmp_path: Path) -> None:
+    def ranked(none: list[int], ecr: list[int]) -> dict[str, Any]:
+        return {"tasks": {"text": {"ranks": {"none": none, "ecr": ecr}}}}
+
+    begin, after = ranked([0, 1, 0, 50], [0, 0, 9, 1]), ranked([0, 0, 0, 1], [1, 1, 9, 1])
+    result = ABOUT | {
+        "queries": {"text": 450, "image": 350}, "steps": 60, "asked": {"text": 4},
+        "states": {"begin": rounds.state(begin), "round 1": rounds.state(after)},
+        "rounds": [{
+            "round": 0, "kept": False, "models": {"embedder": "e@1", "reranker": "r@2"},
+            "difference": {"none": [0.31, 0.1, 0.5], "ecr": [-0.25, -0.4, -0.1]},
+            "mined": {"records": 800, "negatives": 5600, "false_negatives": 400},
+        }],
+    }  # fmt: skip
+    made = training_tables.rounds(result)
+    assert "| begin | 50.0 (" in made and "| round 1 | 75.0 (" in made
+    row = "| round 1 | +31.0 (+10.0 to +50.0) | -25.0 (-40.0 to -10.0) | dropped | 7.0 | 0.5 |"
+    assert row in made and "`e@1`, `r@2`" in made
+    (tmp_path / "rounds.json").write_text(json.dumps(result))
+    shown = figures.shown(tmp_path)
+    assert [path.name for path in figures.write(shown, tmp_path)] == ["rounds.svg"]
+    assert figures.stale(shown, tmp_path) == []
 
 
 def test_false_negatives_are_held_against_the_goal() -> None:
