@@ -63,7 +63,7 @@ def arms(result: Mapping[str, Any]) -> str:
     )
 
 
-_ROUND_ARMS = {"none": "no reasoning", "ecr": "ECR"}
+ROUND_ARMS = {"none": "no reasoning", "ecr": "ECR"}
 
 
 def rounds(result: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def rounds(result: Mapping[str, Any]) -> str:
         for label, arms in result["states"].items()
     ]
     head = [
-        f"{_ROUND_ARMS[arm]}, {metric} (95 %)"
+        f"{ROUND_ARMS[arm]}, {metric} (95 %)"
         for arm, own in result["states"]["begin"].items()
         for metric in own
     ]
@@ -92,7 +92,7 @@ def rounds(result: Mapping[str, Any]) -> str:
             f"round {row['round'] + 1}",
             *(
                 "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in row["difference"][arm]))
-                for arm in _ROUND_ARMS
+                for arm in ROUND_ARMS
             ),
             "kept" if row["kept"] else "dropped",
             f"{row['mined']['negatives'] / row['mined']['records']:.1f}",
@@ -101,7 +101,7 @@ def rounds(result: Mapping[str, Any]) -> str:
         for row in result["rounds"]
     ]
     made += table(
-        ["", *(f"{name}, points of MRR (95 %)" for name in _ROUND_ARMS.values()),
+        ["", *(f"{name}, points of MRR (95 %)" for name in ROUND_ARMS.values()),
          "the retriever is", "negatives a query", "taken for false negatives"],
         rows,
     )  # fmt: skip

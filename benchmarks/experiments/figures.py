@@ -17,6 +17,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.training_tables import ROUND_ARMS
+
 FOLDER = Path("docs/figures")
 # Text stays text, and ids do not change from run to run.
 _STYLE: dict[Any, Any] = {
@@ -141,7 +143,7 @@ def _rounds(found: Result, titles: Mapping[str, str]) -> Figure:
     states = found["rows"]
     figure = Figure(figsize=(8, 3.0), layout="constrained")
     axes = figure.subplots()
-    for shift, (arm, name) in zip((-0.03, 0.03), _ROUND_ARMS.items(), strict=True):
+    for shift, (arm, name) in zip((-0.03, 0.03), ROUND_ARMS.items(), strict=True):
         rows = [
             state[arm]["hit@1"] | {"hit@1": state[arm]["hit@1"]["mean"]}
             for state in states.values()
@@ -170,7 +172,6 @@ def _spread(rows: Sequence[Result]) -> tuple[list[float], list[list[float]]]:
     return means, ends
 
 
-_ROUND_ARMS = {"none": "no reasoning", "ecr": "ECR"}
 _DRAW: dict[str, Callable[[Result, Mapping[str, str]], Figure]] = {
     "budget": _budget,
     "ablation": _ablation,
