@@ -32,7 +32,7 @@ from benchmarks import environment
 from training import batches, contrastive, parameters
 from training.batches import Item, Packing
 from training.contrastive_loss import Labels, Rules
-from training.launch import without_avx512
+from training.launch import keep_freed_memory, without_avx512
 from training.optimiser import Optimiser
 from training.parameters import Tuning
 from training.sequences import Counts
@@ -128,6 +128,7 @@ def our_step(
         temperature=1 / SCALE,
         dtype="float32",
         remat=False,
+        unroll=True,
         optimiser=Optimiser(lr=lr, warmup=0.0),
     )
     parts, trained, frozen = parameters.split(
@@ -191,6 +192,7 @@ def _reset(state: dict[str, Any], parts: parameters.Split, directory: Path, tx: 
 
 def main(options: Options) -> int:
     without_avx512(os.environ)
+    keep_freed_memory()  # PyTorch gets its memory from the same place
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -125,9 +125,11 @@ class Fill:
         return 1 - self.tokens / max(self.places, 1)
 
 
-def encode(model: MultimodalLM, batch: SubBatch, *, remat: bool) -> Float[Array, "R S D"]:
+def encode(
+    model: MultimodalLM, batch: SubBatch, *, remat: bool, unroll: bool = False
+) -> Float[Array, "R S D"]:
     """The hidden state of every sequence's last token, float32, not normalised."""
-    hidden = states(model, batch, remat=remat)
+    hidden = states(model, batch, remat=remat, unroll=unroll)
     at = batch.ends[:, None, :] == jnp.arange(hidden.shape[1])[None, :, None]
     # A product, not a gather: exact, and it needs no rule where rows are split over devices.
     return jnp.einsum(
@@ -135,11 +137,13 @@ def encode(model: MultimodalLM, batch: SubBatch, *, remat: bool) -> Float[Array,
     )
 
 
-def states(model: MultimodalLM, batch: SubBatch, *, remat: bool) -> Float[Array, "R T D"]:
+def states(
+    model: MultimodalLM, batch: SubBatch, *, remat: bool, unroll: bool = False
+) -> Float[Array, "R T D"]:
     """Hidden states of all tokens; a sequence sees itself only."""
     vis = None
     if batch.patches is not None:
-        vis = model.encode_images(batch.patches, *batch.plan, remat=remat)
+        vis = model.encode_images(batch.patches, *batch.plan, remat=remat, unroll=unroll)
     length = batch.ids.shape[1]
     same = batch.sequence[:, :, None] == batch.sequence[:, None, :]
     hidden, _ = model.forward(
@@ -150,6 +154,7 @@ def states(model: MultimodalLM, batch: SubBatch, *, remat: bool) -> Float[Array,
         vis_idx=batch.vis_idx,
         mask=jnp.tril(jnp.ones((length, length), bool))[None] & same,
         remat=remat,
+        unroll=unroll,
     )
     return hidden
 

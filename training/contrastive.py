@@ -73,6 +73,7 @@ class Config:
       mesh: sizes of data, fsdp and tp; "" = all devices on data.
       dtype: in which the model computes; what is trained is float32 always.
       remat: layers are computed again in the backward pass instead of being kept.
+      unroll: every layer is compiled by itself; faster on a CPU, and longer to compile.
       checkpoint_every: steps; evaluation comes with it.
       peak_tflops: of one device, for MFU; 0 = by its kind.
       dry_run: print shapes, shardings, bytes and FLOPs per device, and stop.
@@ -101,6 +102,7 @@ class Config:
     job: Job = field(default_factory=Job)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: bool = True
+    unroll: bool = False
     seed: int = 0
     report_every: int = 10
     checkpoint_every: int = 100
@@ -131,6 +133,7 @@ PRESETS = {
         grad_cache=False,
         dtype="float32",
         remat=False,
+        unroll=True,
     ),
     "paper-2b": _PAPER,
     "paper-7b": replace(
@@ -172,7 +175,7 @@ def programs(config: Config, parts: parameters.Split, mesh: Any) -> GradCache:
 
     def encode(trained: Any, frozen: Any, batch: SubBatch, key: Any) -> jax.Array:
         model = parts.assemble(trained["model"], frozen, key)
-        return batches.encode(model, batch, remat=config.remat)
+        return batches.encode(model, batch, remat=config.remat, unroll=config.unroll)
 
     def loss(buffer: jax.Array, trained: Any, labels: Labels) -> Any:
         log_scale = trained["log_scale"]

@@ -84,6 +84,7 @@ class Config:
     job: Job = field(default_factory=Job)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: bool = True
+    unroll: bool = False
     seed: int = 0
     report_every: int = 10
     checkpoint_every: int = 100
@@ -107,6 +108,7 @@ PRESETS = {
         optimiser=Optimiser(lr=2e-4, schedule="cosine", weight_decay=0.05),
         dtype="float32",
         remat=False,
+        unroll=True,
     ),
     "paper-2b": _PAPER,
     "paper-7b": replace(_PAPER, model="Qwen/Qwen2-VL-7B-Instruct"),
@@ -121,10 +123,10 @@ class Read(NamedTuple):
 
 
 def next_token_loss(
-    model: MultimodalLM, batch: SubBatch, *, remat: bool, rows: int
+    model: MultimodalLM, batch: SubBatch, *, remat: bool, unroll: bool = False, rows: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(summed loss, how many of the learnt tokens are the most likely one), float32."""
-    hidden = batches.states(model, batch, remat=remat)
+    hidden = batches.states(model, batch, remat=remat, unroll=unroll)
     length = hidden.shape[1]
     size = rows if length % rows == 0 else length
 
@@ -184,7 +186,8 @@ def main(config: Config) -> Path | None:
     # --- step -------------------------------------------------------------------------------
     def loss_of(trained: Any, frozen: Any, batch: SubBatch, key: Any) -> Any:
         model = parts.assemble(trained, frozen, key)
-        return next_token_loss(model, batch, remat=config.remat, rows=config.logit_rows)
+        how = {"remat": config.remat, "unroll": config.unroll}
+        return next_token_loss(model, batch, **how, rows=config.logit_rows)
 
     @jax.jit(donate_argnums=(4,))
     def accumulate(trained: Any, frozen: Any, batch: SubBatch, key: Any, grads: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +117,32 @@ def test_programs_for_cpus_do_without_avx512_unless_somebody_says_otherwise(monk
     env = {}
     launch.without_avx512(env)
     assert env == {}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_arrays_stay_with_the_process() -> None:
+    program = """
+import sys, numpy as np
+from pathlib import Path
+from training import launch
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "kept":
+    launch.keep_freed_memory()
+before = resident()
+array = np.ones(16 << 20)  # 128 MiB
+del array
+print(resident() - before)
+"""
+    left = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", program, how], capture_output=True, check=True, text=True
+            ).stdout
+        )
+        for how in ("given back", "kept")
+    }
+    assert left["given back"] < 16 << 20
+    assert left["kept"] > 100 << 20

@@ -9,6 +9,7 @@ derives it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -198,9 +199,29 @@ def _columns(w: Array, which: Array) -> Array:
 
 
 def _einsum(subscripts: str, x: Array, w: Array, dtype: Any) -> Array:
-    return jnp.einsum(
-        subscripts, x, w, preferred_element_type=dtype, out_sharding=_product(subscripts, x, w)
+    out_sharding = _product(subscripts, x, w)
+    operands, out = subscripts.split("->")
+    letters_x, letters_w = operands.split(",")
+    inputs = "".join(n for n in letters_w if n not in out)
+    if out_sharding is None and letters_x.endswith(inputs) and letters_w.startswith(inputs):
+        return _of_matrices(x, w, len(inputs), dtype)
+    return jnp.einsum(subscripts, x, w, preferred_element_type=dtype, out_sharding=out_sharding)
+
+
+def _of_matrices(x: Array, w: Array, summed: int, dtype: Any) -> Array:
+    """The product over x's last and w's first `summed` dimensions, as one of two matrices.
+
+    The same bits forwards. Backwards, the gradient of a weight is a product of two matrices as
+    well; with more dimensions XLA turns both operands over in memory first, on a CPU.
+    """
+    kept, outputs = x.shape[: x.ndim - summed], w.shape[summed:]
+    inputs = math.prod(w.shape[:summed])
+    product = jnp.matmul(
+        x.reshape(math.prod(kept), inputs),
+        w.reshape(inputs, math.prod(outputs)),
+        preferred_element_type=dtype,
     )
+    return product.reshape(*kept, *outputs)
 
 
 def _product(subscripts: str, x: Array, w: Array) -> PartitionSpec | None:
