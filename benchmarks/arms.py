@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from benchmarks import environment
@@ -42,6 +43,8 @@ from training.mining.ungrouped import Ungrouped
 from training.mining.workspace import Workspace
 from tte_jax.builtin import models
 from tte_jax.engine.executables import enable_compile_cache
+
+NEAR = 10
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,24 @@ def mined(
     return table, asyncio.run(arms.sources(source, table, *found, round, work / "arms"))
 
 
-def same_thing(source: ExampleSource, table: Table, groups: dict[str, str]) -> dict[str, float]:
-    """Share of an arm's negatives that show what is wanted, and negatives of a query."""
+def about(
+    source: ExampleSource, table: Table, groups: dict[str, str], found: np.ndarray
+) -> dict[str, float]:
+    """An arm's negatives: how many a query has, and the shares of them that show what is wanted and
+    that are among the `NEAR` nearest of `found` [Q depth]."""
     counts: Counter[str] = Counter()
     if isinstance(source, MinedSource):
         for index, query in enumerate(table.queries):
             wanted = groups[table.documents[query.positives[0]].key]
+            near = {table.documents[j].key for j in found[index, :NEAR]}
             chosen = source[index].negatives
             counts["all"] += len(chosen)
             counts["same"] += sum(groups[one.key] == wanted for one in chosen)
+            counts["near"] += sum(one.key in near for one in chosen)
     return {
         "negatives": counts["all"] / len(table.queries),
         "false": counts["same"] / max(1, counts["all"]),
+        "near": counts["near"] / max(1, counts["all"]),
     }
 
 
@@ -142,6 +151,7 @@ def main(config: Config) -> int:
     store = write_ecrs(heldout.wanted(), config.ecrs, **options)
     table, sources = mined(config, source, work)
     groups = {d.key: d.groups[0] for d in table_of(grouped).documents}
+    nearest, _ = candidates.load(Workspace(work / "loop").candidates(0))
 
     recipe, tasks = config.recipe, list(heldout.tasks)
     start = start_of(config.model)
@@ -170,7 +180,7 @@ def main(config: Config) -> int:
         "arms": {
             name: {
                 **summary(found[name], tasks),
-                **same_thing(sources[name], table, groups),
+                **about(sources[name], table, groups, nearest),
                 "seconds": [runs.seconds(name, seed) for seed in recipe.seeds],
             }
             for name in sources

@@ -24,19 +24,24 @@ _GOAL_GRADIENT = 1e-6
 def arms(result: Mapping[str, Any]) -> str:
     """Means and spreads of every arm, each task's hit@1, then the claim step by step."""
     tasks = list(result["asked"])
-    rows = [["*the start*", *_pair(result["start"], spread=False), "–", "–"]]
+    rows = [["*the start*", *_pair(result["start"], spread=False), "–", "–", "–"]]
     rows += [
         [
             ARMS[name],
             *_pair(figures),
             f"{figures['negatives']:.1f}",
-            f"{100 * figures['false']:.1f} %" if figures["negatives"] else "–",
+            *(
+                f"{100 * figures[share]:.1f} %" if figures["negatives"] else "–"
+                for share in ("false", "near")
+            ),
         ]
         for name, figures in result["arms"].items()
     ]
     made = table(
-        ["hard negatives", "hit@1", "MRR", "negatives a query", "of them the wanted thing"], rows
-    )
+        ["hard negatives", "hit@1", "MRR", "negatives a query", "of them the wanted thing",
+         "of the ten nearest"],
+        rows,
+    )  # fmt: skip
     by_task = [
         [ARMS[name], *(f"{figures['hit@1']['tasks'][t]:.3f}" for t in tasks)]
         for name, figures in result["arms"].items()

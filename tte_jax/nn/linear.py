@@ -199,29 +199,40 @@ def _columns(w: Array, which: Array) -> Array:
 
 
 def _einsum(subscripts: str, x: Array, w: Array, dtype: Any) -> Array:
-    out_sharding = _product(subscripts, x, w)
+    """The product, as one of two matrices where dimensions can be joined.
+
+    So is the gradient of a weight then; of more dimensions XLA turns both operands over in memory
+    first, on a CPU.
+    """
+    split = _product(subscripts, x, w)
     operands, out = subscripts.split("->")
     letters_x, letters_w = operands.split(",")
     inputs = "".join(n for n in letters_w if n not in out)
-    if out_sharding is None and letters_x.endswith(inputs) and letters_w.startswith(inputs):
-        return _of_matrices(x, w, len(inputs), dtype)
-    return jnp.einsum(subscripts, x, w, preferred_element_type=dtype, out_sharding=out_sharding)
+    kept, outputs = len(letters_x) - len(inputs), len(inputs)  # where each operand is parted
+    if kept and letters_x[kept:] + out == inputs + letters_x[:kept] + letters_w[outputs:]:
+        rows, columns = _matrix(x, kept), _matrix(w, outputs)
+        if rows is not None and columns is not None:
+            shape = (*x.shape[:kept], *w.shape[outputs:])
+            flat = None if split is None else PartitionSpec(split[0], split[kept])
+            product = jnp.einsum(
+                "rz,zc->rc", rows, columns, preferred_element_type=dtype, out_sharding=flat
+            )
+            return jax.lax.reshape(product, shape, out_sharding=split)
+    return jnp.einsum(subscripts, x, w, preferred_element_type=dtype, out_sharding=split)
 
 
-def _of_matrices(x: Array, w: Array, summed: int, dtype: Any) -> Array:
-    """The product over x's last and w's first `summed` dimensions, as one of two matrices.
+def _matrix(x: Array, kept: int) -> Array | None:
+    """x with its first `kept` dimensions as one and the others as one.
 
-    The same bits forwards. Backwards, the gradient of a weight is a product of two matrices as
-    well; with more dimensions XLA turns both operands over in memory first, on a CPU.
+    None where a mesh splits another dimension than the first of each.
     """
-    kept, outputs = x.shape[: x.ndim - summed], w.shape[summed:]
-    inputs = math.prod(w.shape[:summed])
-    product = jnp.matmul(
-        x.reshape(math.prod(kept), inputs),
-        w.reshape(inputs, math.prod(outputs)),
-        preferred_element_type=dtype,
-    )
-    return product.reshape(*kept, *outputs)
+    shape = math.prod(x.shape[:kept]), math.prod(x.shape[kept:])
+    spec = explicit_spec(x)
+    if spec is None:
+        return x.reshape(shape)
+    if any(axis is not None for axis in (*spec[1:kept], *spec[kept + 1 :])):
+        return None
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(spec[0], spec[kept]))
 
 
 def _product(subscripts: str, x: Array, w: Array) -> PartitionSpec | None:
