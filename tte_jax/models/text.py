@@ -172,7 +172,7 @@ class TextDecoder(nnx.Module):
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, only(cos), only(sin)), rotate(k, cos, sin)
             if at is not None and q.shape[1] != length:
-                # Fused with the product of few rows, the first row's last bit is another (JAX 0.12).
+                # Fused with a product of few rows, the first one's last bit is another (JAX 0.12).
                 q = jax.lax.optimization_barrier(q)
             parts = [Prefix(ks, vs, has) for (ks, vs), has in zip(earlier, filled, strict=True)]
             packed = segments is not None
