@@ -33,7 +33,7 @@ from training.builtin.reasonings import weights_of, with_ecrs, write_ecrs
 from training.data import emoji
 from training.data.rows import ExampleSource
 from training.data.sources import open_source
-from training.launch import keep_freed_memory, without_avx512
+from training.launch import without_avx512
 from training.mining import arms, candidates
 from training.mining.mined_source import MinedSource
 from training.mining.records import NONE, RERANKER, Rules
@@ -140,7 +140,6 @@ def about(
 
 def main(config: Config) -> int:
     without_avx512(os.environ)
-    keep_freed_memory()
     begun, work = time.monotonic(), config.work / weights_of(config.model)
     enable_compile_cache(config.work / "compile-cache")
     data = emoji.load(config.data)

@@ -39,7 +39,7 @@ from training.data.emoji_examples import png
 from training.data.examples import Document
 from training.data.rows import ExampleSource, document
 from training.data.sources import open_source
-from training.launch import keep_freed_memory, without_avx512
+from training.launch import without_avx512
 from training.mining import candidates, injection
 from training.mining.mined_source import MinedSource
 from training.mining.records import RERANKER, UNFILTERED, Rules
@@ -191,7 +191,6 @@ def quality(
 def main(config: Config) -> int:
     """Mines one round, writes what its filter did, and what that was worth."""
     without_avx512(os.environ)
-    keep_freed_memory()
     enable_compile_cache(config.work / "compile-cache")
     base = open_source(config.source)
     grouped = table_of(base)

@@ -58,7 +58,6 @@ def command(
       about: the module's docstring; its first line describes the command.
     """
     launch.without_avx512(os.environ)
-    launch.keep_freed_memory()
     return ended(lambda: main(parse(presets, (about or "").split("\n")[0], arguments)))
 
 

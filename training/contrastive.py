@@ -206,6 +206,7 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
         return None
     # --- mesh -------------------------------------------------------------------------------
     launch.initialise(config.job)
+    launch.keep_freed_memory()
     chief, devices = jax.process_index() == 0, jax.device_count()
     sizes = sharding.parse_mesh(config.mesh or f"data={devices}")
     mesh = batches.mesh_of(sizes) if devices > 1 else None

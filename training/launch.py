@@ -42,14 +42,18 @@ def without_avx512(env: MutableMapping[str, str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep what it frees, for its next arrays, instead of handing it back.
+    """Has this process keep what it frees, for its next arrays, where JAX computes on the CPU.
 
     By itself glibc gives arrays above 32 MiB back to the kernel at once. A step on a CPU makes the
     same ones anew every time, and spends a fifth of its time on having their pages zeroed. Other C
-    libraries are left as they are.
+    libraries, and the hosts of accelerators, are left as they are.
     """
+    import jax
+
+    if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if platform.libc_ver()[0] == "glibc" and mallopt is not None:
+    if mallopt is not None:
         for option, value in _KEPT:
             mallopt(option, value)
 

@@ -31,7 +31,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin, configuration, results
+from training import builtin, configuration, launch, results
 from training.builtin.pairs import Leaf
 from training.checkpoint import Checkpoints
 from training.optimiser import adamw, muon
@@ -217,6 +217,7 @@ def score(model: MultimodalLM, batch: Lists, yes: int, no: int) -> Array:
 
 
 def main(config: Config) -> None:
+    launch.keep_freed_memory()
     # --- data -------------------------------------------------------------------------------
     base = hub.local(config.start)
     whole = model_config(base).model_type == "qwen3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -129,6 +130,8 @@ from training import launch
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+import jax
+jax.devices()
 if sys.argv[1] == "kept":
     launch.keep_freed_memory()
 before = resident()
@@ -139,7 +142,11 @@ print(resident() - before)
     left = {
         how: int(
             subprocess.run(
-                [sys.executable, "-c", program, how], capture_output=True, check=True, text=True
+                [sys.executable, "-c", program, how],
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                capture_output=True,
+                check=True,
+                text=True,
             ).stdout
         )
         for how in ("given back", "kept")

@@ -28,7 +28,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin
+from training import builtin, launch
 from training.builtin import images, sampling, texts
 from training.builtin.packing import ALONE, ECR, Packed
 from training.builtin.pairs import Batch, Mix, PairSource
@@ -223,6 +223,7 @@ class Unseen:
 
 
 def main(config: Config) -> None:
+    launch.keep_freed_memory()
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
     tokenizer = Tokenizer.from_dir(config.start or config.tokenizer)

@@ -26,7 +26,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from training import builtin
+from training import builtin, launch
 from training.builtin import images, sampling, texts
 from training.builtin.words import concept_words
 from training.checkpoint import Checkpoints
@@ -157,6 +157,7 @@ def batches(
 
 
 def main(config: Config) -> None:
+    launch.keep_freed_memory()
     # --- data -------------------------------------------------------------------------------
     data = load(config.data)
     table = sampling.image_table(data)
