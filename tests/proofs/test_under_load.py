@@ -139,6 +139,7 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(running: ServicePr
     await until(lambda: running.open_files() <= files, "closed connections")
     # A pool may start its last thread in a later storm; a leak grows with each of them.
     assert any(after <= before for before, after in pairwise(threads)), threads
+    assert threads[-1] - threads[0] < STORMS - 1, threads
     grown = [f"{reading / 2**20:+.1f}" for reading in readings]
     print(f"{running.role}: {dict(first)}, {dict(later[-1])}; {', '.join(grown)} MiB")
     # From the lower of the first readings: a process may still hold what its start needed.
