@@ -171,7 +171,7 @@ class TextDecoder(nnx.Module):
                 q = rms_norm(q, w["q_norm_h"], c.rms_eps)
                 k = rms_norm(k, w["k_norm_h"], c.rms_eps)
             q, k = rotate(q, only(cos), only(sin)), rotate(k, cos, sin)
-            if at is not None and q.shape[1] != length:
+            if q.shape[1] != length:
                 # Fused with a product of few rows, the first one's last bit is another (JAX 0.12).
                 q = jax.lax.optimization_barrier(q)
             parts = [Prefix(ks, vs, has) for (ks, vs), has in zip(earlier, filled, strict=True)]
