@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 import grpc
@@ -34,6 +34,7 @@ NAME = "tte.v1.RetrievalService"
 REQUIRED = ("embedder", "index")
 WARM_POLL_S = 0.2
 POLL_S = 2.0
+SLOW_S = 5.0  # a stage that takes longer to say that it serves is down
 
 
 class RetrievalServicer(retrieval_pb2_grpc.RetrievalServiceServicer):
@@ -128,13 +129,21 @@ class Backend(Protocol):
 
     async def serving(self, *, timeout_s: float = 1.0) -> bool: ...
 
+    async def disconnected(self) -> None: ...
+
 
 class BackendWatch:
-    """Asks the stage services for their health, and the gateway's follows from it."""
+    """Asks the stage services for their health, and the gateway's follows from it.
+
+    They are asked every `poll_s` seconds, more often while a required one is down, and at once
+    when a connection breaks: were a killed stage noticed later than it is back, the gateway would
+    turn NOT_SERVING in a system that is whole again.
+    """
 
     def __init__(self, backends: Mapping[str, Backend], *, poll_s: float) -> None:
         self._backends = backends
         self._poll_s = poll_s
+        self._broken = asyncio.Event()
         self.up = dict.fromkeys(backends, False)
 
     @property
@@ -156,23 +165,41 @@ class BackendWatch:
     async def run(self, set_serving: Callable[[bool], Awaitable[None]]) -> None:
         """Reports, for ever, each change of whether the gateway can serve."""
         said = True
-        while True:
-            await asyncio.sleep(self._poll_s)
-            before = dict(self.up)
-            await self._ask()
-            for name in (name for name, up in self.up.items() if up != before[name]):
-                log.warning("the %s %s", name, "serves again" if self.up[name] else "is down")
-            if self.ready != said:
-                said = self.ready
-                await set_serving(said)
+        async with asyncio.TaskGroup() as group:
+            for backend in self._backends.values():
+                group.create_task(self._follow(backend))
+            while True:
+                with suppress(TimeoutError):
+                    pause = self._poll_s if self.ready else min(WARM_POLL_S, self._poll_s)
+                    await asyncio.wait_for(self._broken.wait(), pause)
+                self._broken.clear()
+                before = dict(self.up)
+                await self._ask()
+                for name in (name for name, up in self.up.items() if up != before[name]):
+                    log.warning("the %s %s", name, "serves again" if self.up[name] else "is down")
+                if self.ready != said:
+                    said = self.ready
+                    await set_serving(said)
 
     def gauges(self) -> dict[str, Callable[[], float]]:
         """`<stage>_up` for `/metrics`: 1 or 0."""
         return {f"{name}_up": lambda name=name: float(self.up[name]) for name in self.up}
 
+    async def _follow(self, backend: Backend) -> None:
+        while True:
+            await backend.disconnected()
+            self._broken.set()
+
     async def _ask(self) -> None:
-        answers = await asyncio.gather(*(b.serving() for b in self._backends.values()))
+        answers = await asyncio.gather(*map(self._serves, self._backends))
         self.up = dict(zip(self._backends, answers, strict=True))
+
+    async def _serves(self, name: str) -> bool:
+        backend = self._backends[name]
+        # One that served a moment ago is asked twice: it may only be slow.
+        return await backend.serving() or (
+            self.up[name] and await backend.serving(timeout_s=SLOW_S)
+        )
 
 
 async def _documents(

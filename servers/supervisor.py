@@ -83,7 +83,13 @@ class Pace:
 
 @dataclass(eq=False)
 class Child:
-    """A spec and what has become of it."""
+    """A spec and what has become of it.
+
+    Attributes:
+      serving: set while it serves.
+      since: when it began to, by the monotonic clock.
+      confirmed: when the last health check that it answered with SERVING was sent.
+    """
 
     spec: Spec
     log: Path
@@ -92,6 +98,25 @@ class Child:
     restarts: int = 0
     served: bool = False
     serving: asyncio.Event = field(default_factory=asyncio.Event)
+    since: float = 0.0
+    confirmed: float = 0.0
+
+
+def ready(children: Sequence[Child]) -> bool:
+    """Whether all children serve.
+
+    What a child said before one of a lower wave came back may not hold any more: it counts when
+    the child has said it since.
+    """
+    return all(
+        child.state == "serving"
+        and all(
+            child.confirmed >= other.since
+            for other in children
+            if other.spec.wave < child.spec.wave
+        )
+        for child in children
+    )
 
 
 class StartError(Exception):
@@ -119,6 +144,7 @@ class Supervisor:
         self._changed = changed
         logs = data_dir / "logs"
         self._children = [Child(spec, logs / f"{spec.name}.log") for spec in specs]
+        self._written: SystemState | None = None
 
     @property
     def state(self) -> SystemState:
@@ -135,8 +161,7 @@ class Supervisor:
             )
             for child in self._children
         )
-        ready = all(service.state == "serving" for service in services)
-        return SystemState(pid=os.getpid(), ready=ready, services=services)
+        return SystemState(pid=os.getpid(), ready=ready(self._children), services=services)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Starts everything, keeps it running until `stop`, ends everything.
@@ -226,6 +251,7 @@ class Supervisor:
         async with grpc.aio.insecure_channel(child.spec.address, options=options) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)  # its type stub lacks the methods
             while True:
+                asked = time.monotonic()
                 try:
                     status = (await health.Check(request, timeout=2.0)).status
                     answered = time.monotonic()
@@ -233,7 +259,10 @@ class Supervisor:
                     status = None
                 if status == health_pb2.HealthCheckResponse.SERVING:
                     child.served = True
-                    child.serving.set()
+                    child.confirmed = asked
+                    if not child.serving.is_set():
+                        child.since = time.monotonic()
+                        child.serving.set()
                     self._set(child, "serving")
                 elif child.serving.is_set():
                     child.serving.clear()
@@ -265,11 +294,11 @@ class Supervisor:
         self._set(child, "stopped")
 
     def _set(self, child: Child, state: str) -> None:
-        if child.state == state and state == "serving":
-            return
         child.state = state
-        system_state.write(self._data_dir, self.state)
-        self._changed(self.state)
+        if self.state != self._written:
+            self._written = self.state
+            system_state.write(self._data_dir, self._written)
+            self._changed(self._written)
 
 
 def system_specs(settings: Settings) -> list[Spec]:

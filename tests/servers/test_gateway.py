@@ -254,6 +254,9 @@ class Switch:
     async def serving(self, *, timeout_s: float = 1.0) -> bool:
         return self.on
 
+    async def disconnected(self) -> None:
+        await asyncio.Event().wait()
+
 
 def test_health_follows_embedder_and_index_only():
     backends = {name: Switch() for name in ("reasoner", "embedder", "index", "reranker")}
@@ -288,8 +291,40 @@ def test_health_follows_embedder_and_index_only():
     assert gauges == {"reasoner_up": 0, "embedder_up": 1, "index_up": 1, "reranker_up": 0}
 
 
+def test_a_stage_that_answers_slowly_is_not_down():
+    class Slow(Switch):
+        seconds = 0.0
+
+        async def serving(self, *, timeout_s=1.0):
+            await asyncio.sleep(min(self.seconds, timeout_s))
+            return self.seconds < timeout_s
+
+    slow = Slow()
+    watch = BackendWatch({"embedder": Switch(), "index": slow}, poll_s=2.0)
+    said = []
+
+    async def set_serving(serving):
+        said.append(serving)
+
+    async def main():
+        await watch.until_ready()
+        running = asyncio.create_task(watch.run(set_serving))
+        slow.seconds = 3.0
+        await asyncio.sleep(20)
+        assert said == []
+        slow.seconds = 3600.0  # hangs
+        await asyncio.sleep(20)
+        assert said == [False]
+        slow.seconds = 0.0
+        await asyncio.sleep(4)
+        assert said == [False, True]
+        running.cancel()
+
+    run(main())
+
+
 async def test_the_gateway_serves_when_its_stages_do_and_not_after(monkeypatch):
-    monkeypatch.setattr(gateway, "POLL_S", 0.05)
+    monkeypatch.setattr(gateway, "POLL_S", 3600.0)  # a broken connection is noticed without it
     fakes = corpus()
     async with contextlib.AsyncExitStack() as stack:
         backends = await stack.enter_async_context(contextlib.AsyncExitStack())

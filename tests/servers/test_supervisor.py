@@ -18,7 +18,8 @@ import pytest
 
 from servers import runtime
 from servers.settings import SERVICES, parse
-from servers.supervisor import system_specs
+from servers.supervisor import Child, Spec, system_specs
+from servers.supervisor import ready as all_ready
 from tests.servers import echo
 from tte.v1 import embedder_pb2_grpc
 from tte_jax import system_state
@@ -103,6 +104,19 @@ def test_life_of_a_system(tmp_path: Path) -> None:
         assert not any(alive(pid) for pid in pids)
         assert system_state.read(tmp_path) is None and not (tmp_path / "system.json").exists()
         assert "drains" in Path(second.log).read_text()
+
+
+def test_a_gateway_counts_when_it_served_after_its_stages_came_back(tmp_path: Path) -> None:
+    stages = [Child(Spec(n, (), "", 0), tmp_path, "serving", since=5.0) for n in "ab"]
+    above = Child(Spec("gateway", (), "", 1), tmp_path, "serving", since=6.0, confirmed=7.0)
+    system = [*stages, above]
+    assert all_ready(system)
+    stages[1].state = "restarting"
+    assert not all_ready(system)
+    stages[1].state, stages[1].since = "serving", 8.0
+    assert not all_ready(system)  # it said so before
+    above.confirmed = 8.5
+    assert all_ready(system)
 
 
 def test_no_child_outlives_a_killed_supervisor(tmp_path: Path) -> None:

@@ -122,12 +122,11 @@ class System:
 
     def assert_healthy(self) -> None:
         """All services serve, and a search uses them all."""
-        assert {name: seen.health for name, seen in self.look().items()} == dict.fromkeys(
-            SERVICES, SERVING
-        )
+        found = {name: seen.health for name, seen in self.look().items()}
+        assert found == dict.fromkeys(SERVICES, SERVING), found
         with self.client() as client:
-            found = client.search_final(query("a cat"))
-        assert found.results and not found.degraded, found.degraded
+            answer = client.search_final(query("a cat"))
+        assert answer.results and not answer.degraded, answer.degraded
 
     def metrics(self, service: str) -> dict[str, float]:
         """The gauges and counters of `/metrics` without their labels' values."""

@@ -36,6 +36,12 @@ class Remote:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
+    async def disconnected(self) -> None:
+        """Returns when the connection, once there is one, has broken or was closed by the peer."""
+        while (state := self.channel.get_state()) is not grpc.ChannelConnectivity.READY:
+            await self.channel.wait_for_state_change(state)
+        await self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+
     async def close(self) -> None:
         await self.channel.close()
 
