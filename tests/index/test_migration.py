@@ -146,6 +146,23 @@ def test_a_collection_that_lost_documents_is_loaded_again(tmp_path, caplog):
     index.close()
 
 
+@needs_milvus
+def test_index_files_that_a_crash_left_half_written_are_made_anew(corpus, tmp_path, caplog):
+    to = f"milvus:{tmp_path / 'm.db'}"
+    _, before = ask(corpus)
+    # By another process: in this one milvus-lite would not read its files again.
+    command = [sys.executable, str(ROOT / "tests/index/migrating.py"), str(corpus), to, "20"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=True)
+    files = list((tmp_path / "m.db").rglob("*.idx"))
+    assert files
+    for file in files:
+        os.truncate(file, 128)  # no more than the header
+    assert ask(corpus) == ("milvus-flat", before)
+    assert "are made anew" in caplog.text
+    assert move(corpus, to).loaded == 0
+
+
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

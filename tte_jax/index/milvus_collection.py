@@ -7,6 +7,7 @@ it and then fails in the background, so it gets FLAT, which is exact.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from tte_jax.corpus.records import MAX_ID_BYTES, Stored
 from tte_jax.errors import PreconditionError, UnavailableError
 from tte_jax.index import milvus_fields
 from tte_jax.index.location import MilvusLocation
+
+log = logging.getLogger(__name__)
 
 _FIELDS = (milvus_fields.NUMBERS, milvus_fields.TEXTS, milvus_fields.FLAGS)
 _CONNECT_S = 10.0
@@ -90,7 +93,7 @@ class Milvus:
         with self.translated("open a collection in"):
             if not self.client.has_collection(name, timeout=_CALL_S):
                 self._create(name, dimension)
-            self.client.load_collection(name, timeout=_CALL_S)
+            self._load(name)
         return Collection(self, name, dimension)
 
     def has(self, name: str) -> bool:
@@ -104,6 +107,21 @@ class Milvus:
     def close(self) -> None:
         self.client.close()
 
+    def _load(self, name: str) -> None:
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            self.client.load_collection(name, timeout=_CALL_S)
+        except MilvusException as error:
+            # milvus-lite writes its index files in place: killed meanwhile, it leaves half a file,
+            # which it cannot read. The documents are whole, and make the index again.
+            if not self.location.is_file or not self.client.list_indexes(name):
+                raise
+            log.warning("the index files of %s are made anew: %s", self.location.text, error)
+            self.client.drop_index(name, "vector", timeout=_CALL_S)
+            self.client.create_index(name, self._vector_index(), timeout=_CALL_S)
+            self.client.load_collection(name, timeout=_CALL_S)
+
     def _create(self, name: str, dimension: int) -> None:
         from pymilvus import DataType
 
@@ -112,13 +130,20 @@ class Milvus:
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
         for field in _FIELDS:
             schema.add_field(field, DataType.JSON)
+        self.client.create_collection(
+            name,
+            schema=schema,
+            index_params=self._vector_index(),
+            consistency_level="Strong",
+            timeout=_CALL_S,
+        )
+
+    def _vector_index(self) -> Any:
         index = self.client.prepare_index_params()
         more = {"nlist": 1024, "with_raw_data": True} if self.index_type == "SCANN" else {}
         # Vectors are of unit length, so the inner product is the cosine.
         index.add_index("vector", index_type=self.index_type, metric_type="IP", params=more)
-        self.client.create_collection(
-            name, schema=schema, index_params=index, consistency_level="Strong", timeout=_CALL_S
-        )
+        return index
 
 
 class Collection:
