@@ -60,7 +60,9 @@ class Config:
       steps: optimiser steps; warm-up, then cosine to a hundredth.
       until: stop after this step, in the middle of the schedule; 0 = go to its end. A run with the
         same `out` goes on where the last one stopped.
-      lm_weight: weight of the next-token loss beside the contrastive one.
+      lm_weight: weight of the next-token loss, a mean over tokens, beside the contrastive one. One
+        or two of an ECR's twenty tokens tell what the picture shows, the others follow from them,
+        so with a small weight the reasoner sees less well than the embedder.
       tower: a frozen tower is that of `vision` or `start`, whatever a checkpoint holds.
       style_noise: how often a picture's features are moved as far as another art style would.
       feature_std: vision features and the embedding table are both rescaled to this spread at the
@@ -80,7 +82,7 @@ class Config:
     lr: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 40
-    lm_weight: float = 2.0
+    lm_weight: float = 6.0
     tower: Literal["frozen", "train"] = "frozen"
     style_noise: float = 0.6
     feature_std: float = 0.1
