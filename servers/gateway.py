@@ -170,7 +170,7 @@ class BackendWatch:
                 group.create_task(self._follow(backend))
             while True:
                 with suppress(TimeoutError):
-                    pause = self._poll_s if self.ready else min(WARM_POLL_S, self._poll_s)
+                    pause = self._poll_s if self.ready else WARM_POLL_S
                     await asyncio.wait_for(self._broken.wait(), pause)
                 self._broken.clear()
                 before = dict(self.up)

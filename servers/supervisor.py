@@ -295,10 +295,11 @@ class Supervisor:
 
     def _set(self, child: Child, state: str) -> None:
         child.state = state
-        if self.state != self._written:
-            self._written = self.state
-            system_state.write(self._data_dir, self._written)
-            self._changed(self._written)
+        now = self.state
+        if now != self._written:
+            self._written = now
+            system_state.write(self._data_dir, now)
+            self._changed(now)
 
 
 def system_specs(settings: Settings) -> list[Spec]:

@@ -161,6 +161,17 @@ def test_index_files_that_a_crash_left_half_written_are_made_anew(corpus, tmp_pa
     assert ask(corpus) == ("milvus-flat", before)
     assert "are made anew" in caplog.text
     assert move(corpus, to).loaded == 0
+    # Killed after the old index was dropped, before the new one.
+    with closing(CorpusStore.open(corpus)) as store:
+        milvus = milvus_collection.Milvus(location.parse(to))
+        name = milvus_contents.collection_name(store, 1)
+        milvus.client.release_collection(name)
+        milvus.client.drop_index(name, "vector")
+        milvus.close()
+    assert ask(corpus) == ("milvus-flat", before)
+    milvus = milvus_collection.Milvus(location.parse(to))
+    assert milvus.client.list_indexes(name)
+    milvus.close()
 
 
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch):

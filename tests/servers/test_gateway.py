@@ -344,4 +344,5 @@ async def test_the_gateway_serves_when_its_stages_do_and_not_after(monkeypatch):
         await until(lambda: seen == [serving])
         await backends.aclose()
         await until(lambda: seen[-1] == health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert seen == [serving, health_pb2.HealthCheckResponse.NOT_SERVING]
         watching.cancel()

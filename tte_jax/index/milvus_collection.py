@@ -110,12 +110,15 @@ class Milvus:
     def _load(self, name: str) -> None:
         from pymilvus.exceptions import MilvusException
 
+        if self.location.is_file and not self.client.list_indexes(name):
+            # Killed between the two steps below.
+            self.client.create_index(name, self._vector_index(), timeout=_CALL_S)
         try:
             self.client.load_collection(name, timeout=_CALL_S)
         except MilvusException as error:
             # milvus-lite writes its index files in place: killed meanwhile, it leaves half a file,
             # which it cannot read. The documents are whole, and make the index again.
-            if not self.location.is_file or not self.client.list_indexes(name):
+            if not self.location.is_file:
                 raise
             log.warning("the index files of %s are made anew: %s", self.location.text, error)
             self.client.drop_index(name, "vector", timeout=_CALL_S)
