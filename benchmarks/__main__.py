@@ -24,6 +24,7 @@ BENCHMARKS = {
 ELSEWHERE = {
     "training.builtin.evaluate": "held-out figures of the built-in models (needs .data/emoji)",
     "benchmarks.experiments": "the papers' claims in small: docs/results.md (needs .data/emoji)",
+    "benchmarks.builtin_training": "the built-in models from nothing, three hours (.data/emoji)",
     "benchmarks.rounds": "rounds of mined negatives of the built-in models (needs .data/emoji)",
     "benchmarks.mini": "mini-MMEB, every task, with the built-in models (downloads 190 MB once)",
     "benchmarks.gpu": "the engine on an accelerator (needs one, or --tiny)",

@@ -214,6 +214,11 @@ MEASURED = {
         "python -m benchmarks.false_negatives",
         training_tables.false_negatives,
     ),
+    "builtin_training": Measured(
+        "builtin_training.json",
+        "python -m benchmarks.builtin_training",
+        training_tables.builtin_training,
+    ),
     "gradcache": Measured(
         "gradcache.json", "python -m benchmarks.gradcache", training_tables.gradcache
     ),

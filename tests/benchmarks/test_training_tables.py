@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rounds, training_tables
+from benchmarks import builtin_training, rounds, training_tables
 from benchmarks.experiments import figures
+from training.builtin import train
+from training.builtin.stages import Journal
 
 ABOUT: dict[str, Any] = {
     "command": "python -m benchmarks.x", "date": "2026-01-02", "commit": "abc", "noisy": False,
@@ -137,3 +139,31 @@ def test_kills_that_changed_something_are_named() -> None:
     assert "same to the last bit" in text
     text = training_tables.loop_kills(result | {"equal": False, "different": ["retriever 1"]})
     assert "**Different: retriever 1.**" in text and "last bit" not in text
+
+
+def test_a_run_from_nothing_tells_its_stages_and_how_good_the_models_are(tmp_path: Path) -> None:
+    def held_out(hit: float, model: str) -> dict[str, Any]:
+        arms = {arm: {"hit@1": hit, "hit@10": 0.9, "by": {}} for arm in builtin_training.ARMS}
+        task = {"chance": {"hit@1": 0.1}, **arms, "about": {"queries": 3}}
+        return {"models": {"reasoner": model, "embedder": model}, "tasks": {"text": task}}
+
+    recipe = train.Config(data=tmp_path / "data", out=tmp_path)
+    stages = train.recipe(recipe)
+    journal = Journal(tmp_path)
+    journal.add(stages[0], seconds=60.0, code=143)
+    for stage in stages:
+        journal.add(stage, seconds=600.0, code=0)
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds/rounds.jsonl").write_text('{"kept": true}\n{"kept": false}\n')
+    (tmp_path / "quality.json").write_text(json.dumps(held_out(0.25, "mini@new")))
+    found = builtin_training.gathered(stages, tmp_path)
+    assert found["seconds"] == 600 * len(stages) + 60
+    assert [one["command"] for one in found["stages"]] == [stage.command for stage in stages]
+    shipped = builtin_training.quality(held_out(0.5, "mini@shipped"))
+    text = training_tables.builtin_training(ABOUT | found | {"shipped": shipped})
+    assert "| tokenizer | 11.0 | 9 % |" in text and "| **all** | **121** ✓ |" in text
+    assert "| text | 0.250 | 0.250 | 0.250 | 0.500 | 0.500 | 0.500 |" in text
+    assert "Of 2 rounds of mined negatives 1 were kept. Interruptions after which it went on: 1." in text
+    assert "Shipped: `mini@shipped`." in text
+    slow = ABOUT | found | {"seconds": 3 * 3600 + 1}
+    assert "| **all** | **180** (misses the goal) |" in training_tables.builtin_training(slow)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tte_jax.errors import PreconditionError
 
@@ -57,11 +58,7 @@ class Journal:
         Raises:
           PreconditionError: it is, but with other options, or what it made is gone.
         """
-        last = None
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
-            # A line that a crash cut short says nothing: its stage is run again.
-            if line.endswith("}") and (found := json.loads(line))["name"] == stage.name:
-                last = found
+        last = next((row for row in reversed(self._rows()) if row["name"] == stage.name), None)
         if last is None:
             return False
         if last["command"] != stage.command:
@@ -78,6 +75,20 @@ class Journal:
                 reason="STAGE_LOST",
             )
         return last["exit"] == 0
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """By stage: "seconds" of all its processes that ended, and how many "processes"."""
+        found: dict[str, dict[str, float]] = {}
+        for row in self._rows():
+            one = found.setdefault(row["name"], {"seconds": 0.0, "processes": 0})
+            one["seconds"] = round(one["seconds"] + row["seconds"], 3)
+            one["processes"] += 1
+        return found
+
+    def _rows(self) -> list[dict[str, Any]]:
+        lines = self._path.read_text().splitlines() if self._path.exists() else ()
+        # A line that a crash cut short says nothing: its stage is run again.
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def add(self, stage: Stage, *, seconds: float, code: int) -> None:
         row = {"name": stage.name, "command": stage.command}

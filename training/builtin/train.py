@@ -37,10 +37,10 @@ class Sizes:
 
     Attributes:
       tower_steps, tower_batch: of the vision tower.
-      unified_steps: of the unified model; 0 = 1,500 from nothing, 720 from `start`.
+      unified_steps: of the unified model; 0 = 1,200 from nothing, 720 from `start`.
       own_share: the last so much of them is trained on the model's own reasonings.
       own: pictures, texts and changes that the model is asked about for that.
-      reranker_steps: 0 = 600 from `start`'s reranker, 1,500 from the unified model.
+      reranker_steps: 0 = 600 from `start`'s reranker, 1,000 from the unified model.
       rows: text, image and composed queries that the reranker learns from, and drawings that
         look for their name.
       rounds: of rHNM; each is kept only if the retriever is not worse for it.
@@ -156,7 +156,7 @@ def recipe(config: Config) -> list[Stage]:
             makes=out / "vision" / "visual.npz",
         )  # fmt: skip
         begin = (*reading, "--vision", out / "vision" / "visual.npz")
-        steps = sizes.unified_steps or 1500
+        steps = sizes.unified_steps or 1200
     else:
         begin = ("--start", start / REASONER, "--lr", 1.5e-3, "--warmup", WARMUP)
         steps = sizes.unified_steps or 720
@@ -182,7 +182,7 @@ def recipe(config: Config) -> list[Stage]:
     add(
         "reranker", "training.rerank", "--rows", rows, *reading, "--out", rerank,
         "--start", first / REASONER if start is None else start / RERANKER,
-        "--steps", sizes.reranker_steps or (1500 if start is None else 600),
+        "--steps", sizes.reranker_steps or (1000 if start is None else 600),
         makes=rerank / "export" / "model.safetensors",
     )  # fmt: skip
     add_export("export", first if sizes.rounds else models, rerank / "export")

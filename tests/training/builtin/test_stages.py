@@ -58,6 +58,10 @@ def test_a_failed_stage_stops_the_recipe_and_is_tried_again(tmp_path: Path) -> N
     blocked.rmdir()
     run([wrong, after], tmp_path)
     assert after.makes.exists()
+    spent = Journal(tmp_path).spent()
+    assert {name: one["processes"] for name, one in spent.items()} == {"wrong": 2, "after": 1}
+    both = sum(row["seconds"] for row in rows(tmp_path) if row["name"] == "wrong")
+    assert spent["wrong"]["seconds"] == pytest.approx(both, abs=2e-3)
 
 
 def test_a_stage_must_leave_what_it_makes(tmp_path: Path) -> None:
@@ -83,6 +87,7 @@ def test_a_line_that_was_cut_short_counts_for_nothing(tmp_path: Path) -> None:
     journal = tmp_path / "stages.jsonl"
     journal.write_bytes(journal.read_bytes()[:-9])
     assert not Journal(tmp_path).done(one)
+    assert Journal(tmp_path).spent() == {}
     run([one, two], tmp_path)
     assert Journal(tmp_path).done(one) and Journal(tmp_path).done(two)
 
