@@ -237,8 +237,13 @@ def spread(parts: Sequence[np.ndarray], mesh: Mesh | None, shards: Sequence[int]
 
 
 def mesh_of(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices of the job; raises InvalidInputError when they are not as many."""
-    return make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], tp=sizes["tp"])
+    """A mesh over all devices of the job, those of a process together: a process reads the
+    examples of its devices' shards, which are a range of a step's.
+
+    Raises InvalidInputError when they are not as many.
+    """
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], tp=sizes["tp"], devices=devices)
 
 
 def local_shards(mesh: Mesh | None) -> list[int]:

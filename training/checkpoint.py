@@ -197,6 +197,20 @@ class RunCheckpoints:
         self._manager.close()
 
 
+def go_on(mine: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    """Raises PreconditionError when a checkpoint belongs to another order of the data.
+
+    Args:
+      mine: what must be the same; found: the checkpoint's `position`; out: the run's folder.
+    """
+    if other := [f"{k} {found.get(k)} (now {v})" for k, v in mine.items() if found.get(k) != v]:
+        raise PreconditionError(
+            f"{out} holds a run with {', '.join(other)}: going on would skip or repeat examples."
+            " Use its settings, or another --out.",
+            reason="RUN_MISMATCH",
+        )
+
+
 def _named(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

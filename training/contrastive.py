@@ -29,7 +29,7 @@ import optax
 
 from training import batches, configuration, flops, launch, parameters, results
 from training.batches import Fill, Item, Packing, SubBatch
-from training.checkpoint import RunCheckpoints
+from training.checkpoint import RunCheckpoints, go_on
 from training.contrastive_loss import BATCH_AXES, Embeddings, Labels, Rules, contrastive
 from training.data.examples import Example
 from training.data.mixture import Mixture, by_dataset
@@ -46,10 +46,13 @@ from training.stopping import StopRequest
 from training.telemetry import Telemetry
 from tte_jax import sharding
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
-from tte_jax.errors import InvalidInputError, PreconditionError
+from tte_jax.errors import InvalidInputError
 from tte_jax.preprocess.prompts import EmbedMode, PromptSet
 from tte_jax.weights import hub
 from tte_jax.weights import source as weights
+
+LEAST_TEMPERATURE = 0.01
+"""A learnt one stays above it, as CLIP's does (arXiv 2103.00020)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Config:
       steps: of the whole schedule; until: stop after this one, 0 = at the end.
       global_batch: queries of a step, on all devices together; sub_batch: of one data set.
       counts: documents of a query.
-      temperature: τ, or where it starts when it is learnt.
+      temperature: τ, or where it starts when it is learnt; 0.01 at least.
       ecr_mode: which part of an ECR is read; no_ecr: share of queries and documents that are shown
         without theirs, so that embedding without reasoning is trained as well.
       grad_cache: off = one program for the whole step, faster where it fits.
@@ -181,7 +184,7 @@ def programs(config: Config, parts: parameters.Split, mesh: Any) -> GradCache:
         log_scale = trained["log_scale"]
         if not config.learn_temperature:
             log_scale = jax.lax.stop_gradient(log_scale)
-        scale = jnp.exp(jnp.minimum(log_scale, np.log(100.0)))
+        scale = jnp.exp(log_scale)
         z = embeddings(buffer, config.counts, mesh)
         value, metrics = contrastive(z, labels, scale, config.rules, mesh)
         return value, {**metrics, "temperature": 1 / scale}
@@ -212,7 +215,12 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
     mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards = batches.local_shards(mesh)
     total = sizes["data"] * sizes["fsdp"]
-    check(config, total, shards)
+    check(total, shards, global_batch=config.global_batch, steps=config.steps, until=config.until)
+    if not LEAST_TEMPERATURE <= config.temperature <= 1:
+        raise InvalidInputError(
+            f"temperature {config.temperature}: expected {LEAST_TEMPERATURE} to 1",
+            field="temperature",
+        )
 
     # --- data -------------------------------------------------------------------------------
     mixture = mixed(config.data)
@@ -250,7 +258,10 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
     def update(trained: Any, opt_state: Any, grads: Any) -> tuple[Any, Any, jax.Array]:
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, norm
+        trained = optax.apply_updates(trained, updates)
+        # Here and not in the loss, whose gradient would end at the bound.
+        trained["log_scale"] = jnp.minimum(trained["log_scale"], np.log(1 / LEAST_TEMPERATURE))
+        return trained, opt_state, norm
 
     def on_devices(read: Read, counts: Counts) -> tuple[list[SubBatch], Any, Fill]:
         made, fill = batches.pack(
@@ -420,33 +431,26 @@ def first_of(examples: Any, count: int) -> list[Example]:
     return [examples[i] for i in range(min(count, len(examples)))]
 
 
-def check(config: Config, total: int, shards: Sequence[int]) -> None:
-    """Raises InvalidInputError where sizes do not fit each other."""
-    if config.global_batch % total:
+def check(total: int, shards: Sequence[int], *, global_batch: int, steps: int, until: int) -> None:
+    """Raises InvalidInputError where sizes do not fit each other.
+
+    Args:
+      total: shards of a step; shards: those of this process.
+    """
+    if global_batch % total:
         raise InvalidInputError(
-            f"global_batch {config.global_batch} is not a multiple of data * fsdp = {total}",
+            f"global_batch {global_batch} is not a multiple of data * fsdp = {total}",
             field="global_batch",
         )
     if list(shards) != list(range(shards[0], shards[0] + len(shards))) or total % len(shards):
         raise InvalidInputError(
-            f"this process holds the shards {list(shards)} of {total}, which do not stand together;"
-            " order the mesh so that each process's devices are neighbours",
+            f"this process holds the shards {list(shards)} of {total}, which are no range of equal"
+            " size for every process; choose data * fsdp so that they are: a multiple or a divisor"
+            " of the number of processes",
             field="mesh",
         )
-    if config.until > config.steps or config.steps < 1:
-        raise InvalidInputError(
-            f"until {config.until} is beyond steps {config.steps}", field="until"
-        )
-
-
-def go_on(mine: dict[str, Any], found: dict[str, Any], out: Path) -> None:
-    """Raises PreconditionError when a checkpoint belongs to another order of the data."""
-    if other := [f"{k} {found.get(k)} (now {v})" for k, v in mine.items() if found.get(k) != v]:
-        raise PreconditionError(
-            f"{out} holds a run with {', '.join(other)}: going on would skip or repeat examples."
-            " Use its settings, or another --out.",
-            reason="RUN_MISMATCH",
-        )
+    if until > steps or steps < 1:
+        raise InvalidInputError(f"until {until} is beyond steps {steps}", field="until")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
                TTE_PROCESSES
     by hand    --job.coordinator HOST:PORT --job.processes N --job.process I
 
-On a TPU pod slice JAX finds the processes by itself; the JobSet files only name the container.
+The JobSet files set the environment; which process is which comes from the job's completion index.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ async def run(
             }
         )
         source = open_source(config.data) if source is None else source
-        table = space.table(source)
+        table = space.table(source, reranks=config.rules.reranks)
         log.info(
             "%d queries, %d documents, %d data sets",
             len(table.queries), len(table.documents), len(table.datasets),

@@ -9,6 +9,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from tte_jax.errors import InvalidInputError
+
 # Norm weights, biases and the temperature are smaller than this and are not decayed.
 _MATRIX = 4096
 
@@ -35,30 +37,40 @@ def _decayed(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.size > _MATRIX, tree)
 
 
-def _schedule(lr: float, warmup: int, steps: int) -> optax.Schedule:
+Falls = Literal["linear", "cosine"]
+
+
+def _schedule(lr: float, warmup: int, steps: int, falls: Falls) -> optax.Schedule:
+    """Rises in a line, then falls: in a line to 0, or in a cosine to a hundredth of `lr`."""
     if steps <= warmup:
-        raise ValueError(f"{steps} steps leave nothing after a warm-up of {warmup}; raise steps")
-    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr / 100)
+        raise InvalidInputError(
+            f"{steps} steps leave nothing after a warm-up of {warmup}; raise steps, or lower the"
+            " warm-up",
+            field="steps",
+        )
+    if falls == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr / 100)
+    rise = optax.linear_schedule(0.0, lr, warmup)
+    return optax.join_schedules([rise, optax.linear_schedule(lr, 0.0, steps - warmup)], [warmup])
 
 
 def adamw(
-    *, lr: float, warmup: int, steps: int, weight_decay: float
+    *, lr: float, warmup: int, steps: int, weight_decay: float, schedule: Falls = "cosine"
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip at norm 1; linear warm-up, then a cosine to a hundredth of `lr`.
+    """AdamW behind a clip at norm 1; linear warm-up, then as `schedule` says.
 
     Raises:
-      ValueError: `steps` is not larger than `warmup`.
+      InvalidInputError: `steps` is not larger than `warmup`.
     """
+    rate = _schedule(lr, warmup, steps, schedule)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            _schedule(lr, warmup, steps), b2=0.98, weight_decay=weight_decay, mask=_decayed
-        ),
+        optax.adamw(rate, b2=0.98, weight_decay=weight_decay, mask=_decayed),
     )
 
 
 def muon(
-    *, lr: float, warmup: int, steps: int, weight_decay: float
+    *, lr: float, warmup: int, steps: int, weight_decay: float, schedule: Falls = "cosine"
 ) -> optax.GradientTransformation:
     """Muon for the matrices inside the transformer blocks, Adam for everything else.
 
@@ -78,7 +90,7 @@ def muon(
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
-            _schedule(lr, warmup, steps),
+            _schedule(lr, warmup, steps, schedule),
             consistent_rms=0.2,
             weight_decay=weight_decay,
             weight_decay_mask=_decayed,
@@ -100,25 +112,17 @@ class Optimiser:
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-4
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Falls = "linear"
     warmup: float = 0.05
     weight_decay: float = 0.0
 
     def make(self, steps: int) -> optax.GradientTransformation:
         """For a run of `steps` steps, behind a clip at norm 1."""
         warmup = min(max(1, round(self.warmup * steps)), steps - 1) if steps > 1 else 0
-        if self.kind == "muon":
-            return muon(lr=self.lr, warmup=warmup, steps=steps, weight_decay=self.weight_decay)
-        if self.schedule == "cosine":
-            return adamw(lr=self.lr, warmup=warmup, steps=steps, weight_decay=self.weight_decay)
-        falling = optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, self.lr, warmup),
-                optax.linear_schedule(self.lr, 0.0, steps - warmup),
-            ],
-            [warmup],
-        )
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(falling, b2=0.98, weight_decay=self.weight_decay, mask=_decayed),
+        return (muon if self.kind == "muon" else adamw)(
+            lr=self.lr,
+            warmup=warmup,
+            steps=steps,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
         )

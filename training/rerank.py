@@ -16,6 +16,7 @@ SIGTERM and SIGINT end the run when it has saved; the same command goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -33,13 +34,14 @@ from jaxtyping import Array
 
 from training import builtin, configuration, launch, results
 from training.builtin.pairs import Leaf
-from training.checkpoint import Checkpoints
+from training.checkpoint import RunCheckpoints, go_on
 from training.optimiser import adamw, muon
 from training.prefetch import prefetch
 from training.stopping import StopRequest
 from training.telemetry import Telemetry
 from tte_jax.builtin.models import REASONER, WEIGHTS_DIR
 from tte_jax.errors import InvalidInputError, NotFoundError
+from tte_jax.json_lines import json_lines
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.models.registry import model_config
 from tte_jax.models.text import KVCache
@@ -112,6 +114,7 @@ class RowSource:
 
     def __init__(self, path: Path, prompts: PromptSet, config: Config) -> None:
         self._rows = read_rows(path)
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self._prompts = prompts
         self._config = config
 
@@ -167,7 +170,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             path=path,
         )
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(json_lines(path.read_text("utf-8")), start=1):
         try:
             row = json.loads(line)
             fine = (
@@ -274,10 +277,18 @@ def main(config: Config) -> None:
 
     # --- restore ----------------------------------------------------------------------------
     config.out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(config.out / "checkpoints")
+    checkpoints = RunCheckpoints(config.out / "checkpoints")
+    mine = {
+        "seed": config.seed,
+        "lists": config.lists,
+        "candidates": config.candidates,
+        "optimiser": config.optimiser,
+        "rows": source.fingerprint,
+    }
     step = checkpoints.latest() or 0
     if step:
-        model, opt_state = jax.jit(lambda t: t)(checkpoints.restore(step, (model, opt_state)))
+        go_on(mine, checkpoints.position(step), config.out)
+        model, opt_state = checkpoints.restore(step, (model, opt_state))
         print(f"resumed at step {step}")
 
     # --- loop -------------------------------------------------------------------------------
@@ -299,7 +310,7 @@ def main(config: Config) -> None:
                 telemetry.report(step, row)
                 since, timed, seen = time.monotonic(), step, []
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                checkpoints.save(step, (model, opt_state))
+                checkpoints.save(step, (model, opt_state), {**mine, "step": step}, None)
     checkpoints.close()
     telemetry.close()
     if step < config.steps:

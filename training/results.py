@@ -66,6 +66,9 @@ def speed(
 def retrieval(queries: np.ndarray, documents: np.ndarray, keys: Sequence[str]) -> dict[str, float]:
     """Rank of each query's document in the pool of all; equal keys are one document.
 
+    A document that scores the same, or no number, counts as better than the right one: vectors
+    that have all become one find nothing.
+
     Args:
       queries, documents: [N D], of each pair; need not be normalised.
     """
@@ -78,7 +81,7 @@ def retrieval(queries: np.ndarray, documents: np.ndarray, keys: Sequence[str]) -
 
     scores = unit(queries) @ unit(documents)[pool].T
     mine = scores[np.arange(len(right)), np.searchsorted(pool, right)]
-    rank = (scores > mine[:, None]).sum(1)
+    rank = (~(scores < mine[:, None])).sum(1) - 1  # one of them is the right one
     return {
         "hit1": float((rank < 1).mean()),
         "hit10": float((rank < 10).mean()),

@@ -99,12 +99,10 @@ def shorter(document: Document, share: float, limit: int) -> Document:
 
     Raises InvalidInputError when there are no words left to cut.
     """
-    words = document.ecr.split()
-    if words:
-        kept = int(len(words) * share * 0.9)
-        return replace(document, ecr=" ".join(words[:kept]))
+    if document.ecr.strip():
+        return replace(document, ecr=_cut(document.ecr, share))
     texts = [i for i, p in enumerate(document.content.parts) if isinstance(p, Text)]
-    sizes = {i: len(_text(document.content, i).split()) for i in texts}
+    sizes = {i: len(_text(document.content, i)) for i in texts}
     most = max(sizes, key=lambda i: sizes[i], default=None)
     if most is None or sizes[most] < 2:
         raise InvalidInputError(
@@ -113,9 +111,16 @@ def shorter(document: Document, share: float, limit: int) -> Document:
             field="packing.lengths",
         )
     parts = list(document.content.parts)
-    kept = _text(document.content, most).split()[: int(sizes[most] * share * 0.9)]
-    parts[most] = Text(" ".join(kept) or "…")
+    parts[most] = Text(_cut(_text(document.content, most), share) or "…")
     return replace(document, content=Content(tuple(parts)))
+
+
+def _cut(text: str, share: float) -> str:
+    """The first words; of a text without spaces, as Chinese is written, the first characters."""
+    words, share = text.split(), share * 0.9
+    if len(words) < 2:
+        return text.strip()[: int(len(text.strip()) * share)]
+    return " ".join(words[: int(len(words) * share)])
 
 
 def _text(content: Content, part: int) -> str:
@@ -143,19 +148,23 @@ def embedding_items(
 def reasoning_items(
     examples: Sequence[Example], sides: str, sequences: Sequences, pool: Executor
 ) -> list[Item]:
-    """The reasoner's sequences of one shard: every side that has an ECR, each document once.
+    """The reasoner's sequences of one shard: every side that has an ECR, of each example each
+    document once. What examples share is learnt with each, wherever a mesh puts them.
 
     Args:
       sides: "query", "document" or "both".
     """
-    asked: dict[tuple[str, Side], Document] = {}
-    for example in examples:
-        if sides != "document":
-            asked.setdefault((example.query.key, Side.QUERY), example.query)
-        for document in example.positives if sides != "query" else ():
-            asked.setdefault((document.key, Side.DOCUMENT), document)
-    with_ecr = [(d, side) for (_, side), d in asked.items() if d.ecr.strip()]
-    return list(pool.map(lambda a: sequences.reasoning(*a), with_ecr))
+    asked = [one for example in examples for one in reasoned(example, sides)]
+    return list(pool.map(lambda a: sequences.reasoning(*a), asked))
+
+
+def reasoned(example: Example, sides: str) -> list[tuple[Document, Side]]:
+    """What of an example has an ECR to learn."""
+    asked = [(example.query, Side.QUERY)] if sides != "document" else []
+    if sides != "query":
+        once = {document.key: document for document in reversed(example.positives)}
+        asked += [(document, Side.DOCUMENT) for document in reversed(once.values())]
+    return [(document, side) for document, side in asked if document.ecr.strip()]
 
 
 def labels_of(examples: Sequence[Example], counts: Counts) -> Labels:

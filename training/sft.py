@@ -29,17 +29,18 @@ from jaxtyping import Array, Float
 
 from training import batches, configuration, flops, launch, parameters, results
 from training.batches import Fill, Item, Packing, SubBatch
-from training.checkpoint import RunCheckpoints
-from training.contrastive import first_of, go_on, mixed
+from training.checkpoint import RunCheckpoints, go_on
+from training.contrastive import check, first_of, mixed
 from training.data.examples import Example
 from training.data.mixture import Mixture
 from training.data.order import BatchOrder, read_steps
+from training.data.rows import ExampleSource
 from training.data.sources import open_source
 from training.launch import Job
 from training.optimiser import Optimiser
 from training.parameters import Tuning
 from training.prefetch import prefetch
-from training.sequences import Sequences, reasoning_items
+from training.sequences import Sequences, reasoned, reasoning_items
 from training.stopping import StopRequest
 from training.telemetry import Telemetry
 from tte_jax import sharding
@@ -49,6 +50,9 @@ from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.nn.linear import split_like
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.weights import hub, source
+
+LOOKED_AT = 200
+"""Examples of a data set in which there must be an ECR, or the run does not begin."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,12 @@ def main(config: Config) -> Path | None:
     sizes = sharding.parse_mesh(config.mesh or f"data={devices}")
     mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards, total = batches.local_shards(mesh), sizes["data"] * sizes["fsdp"]
-    if config.global_batch % total:
-        raise InvalidInputError(
-            f"global_batch {config.global_batch} is not a multiple of data * fsdp = {total}",
-            field="global_batch",
-        )
+    check(total, shards, global_batch=config.global_batch, steps=config.steps, until=config.until)
 
     # --- data -------------------------------------------------------------------------------
     mixture = mixed(config.data)
+    for part in mixture.parts:
+        something_to_learn(part.source, config.sides, part.name)
     order = BatchOrder(
         mixture, global_batch=config.global_batch, sub_batch=config.sub_batch, seed=config.seed
     )
@@ -213,12 +215,15 @@ def main(config: Config) -> Path | None:
 
     def train_step(trained: Any, opt_state: Any, read: Read) -> Any:
         on, tokens, fill = on_devices(read.items)
+        if not tokens:  # a part of the data with few ECRs
+            nothing = {"loss": 0.0, "right": 0.0, "grad_norm": 0.0, "tokens": 0.0}
+            return trained, opt_state, nothing, fill
         key = jax.random.fold_in(jax.random.key(config.seed + 1), read.step)
         grads, found = jax.tree.map(jnp.zeros_like, trained), []
         for i, batch in enumerate(on):
             grads, both = accumulate(trained, frozen, batch, jax.random.fold_in(key, i), grads)
             found.append(both)
-        weight = np.float32(max(tokens, 1))
+        weight = np.float32(tokens)
         trained, opt_state, norm = update(trained, opt_state, grads, weight)
         loss, right = (sum(x) / weight for x in zip(*found, strict=True))
         metrics = {"loss": loss, "right": right, "grad_norm": norm, "tokens": tokens}
@@ -250,6 +255,8 @@ def main(config: Config) -> Path | None:
     # --- evals ------------------------------------------------------------------------------
     pool = ThreadPoolExecutor(4, thread_name_prefix="sequences")
     asked = [] if not config.eval else first_of(open_source(config.eval), config.eval_examples)
+    if asked:
+        something_to_learn(asked, config.sides, config.eval)
 
     def evaluate(trained: Any) -> dict[str, float]:
         """Loss per learnt token, and share of them that are the most likely one."""
@@ -310,6 +317,19 @@ def main(config: Config) -> Path | None:
 
     # --- export -----------------------------------------------------------------------------
     return None if values is None else results.export(parts, values, directory, config.out)
+
+
+def something_to_learn(source: ExampleSource | Sequence[Example], sides: str, name: str) -> None:
+    """Raises InvalidInputError when none of the first `LOOKED_AT` examples has an ECR to learn."""
+    count = min(len(source), LOOKED_AT)
+    if not any(reasoned(source[i], sides) for i in range(count)):
+        where = {"both": "", "query": " for its query", "document": " for a positive"}[sides]
+        raise InvalidInputError(
+            f"none of the first {count} examples of {name} has an ECR{where}, and nothing else is"
+            " learnt here. `python -m training.reason` writes them, and KIND:PATH?ecrs=FILE reads"
+            " them.",
+            field="data",
+        )
 
 
 def read_ahead(

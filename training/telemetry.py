@@ -58,7 +58,8 @@ class Telemetry:
         """One row.
 
         Raises:
-          InternalError: a loss that is not finite; whatever is not a number stands in the row.
+          InternalError: a loss or a gradient that is not finite; whatever is not a number stands
+            in the row.
         """
         if not self._writes:
             return
@@ -68,10 +69,12 @@ class Telemetry:
         self._said = f"loss {values.get('loss', math.nan):.4g}"
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        if not math.isfinite(values.get("loss", 0.0)):
+        lost = [n for n in ("loss", "grad_norm") if not math.isfinite(values.get(n, 0.0))]
+        if lost:
+            what = {"loss": "loss", "grad_norm": "norm of the gradient"}[lost[0]]
             raise InternalError(
-                f"the loss is {values['loss']} at step {step}: {row}. Lower the learning rate, or"
-                " look for broken examples with `tte data check`; the newest checkpoint is from"
+                f"the {what} is {values[lost[0]]} at step {step}: {row}. Lower the learning rate,"
+                " or look for broken examples with `tte data check`; the newest checkpoint is from"
                 " before.",
                 reason="LOSS_NOT_FINITE",
             )

@@ -19,6 +19,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tte_jax.errors import InternalError, InvalidInputError
@@ -99,7 +100,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, tp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over all devices of the job, or over `devices`.
+    """A mesh over all devices of the job, or over `devices` in their order.
+
+    Without `devices`, JAX chooses the order: on a TPU by its torus, where the devices of a process
+    need not stand together.
 
     Raises:
       InvalidInputError: the sizes' product is not the number of devices.
@@ -111,7 +115,10 @@ def make_mesh(
         raise InvalidInputError(
             f"The mesh {named} needs {prod(shape)} devices, but there are {have}.", field="mesh"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    types = (AxisType.Explicit,) * 3
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(np.array(devices, object).reshape(shape), AXES, axis_types=types)
 
 
 def abstract_mesh(*, data: int = 1, fsdp: int = 1, tp: int = 1) -> AbstractMesh:

@@ -163,7 +163,10 @@ def test_a_run_from_nothing_tells_its_stages_and_how_good_the_models_are(tmp_pat
     text = training_tables.builtin_training(ABOUT | found | {"shipped": shipped})
     assert "| tokenizer | 11.0 | 9 % |" in text and "| **all** | **121** ✓ |" in text
     assert "| text | 0.250 | 0.250 | 0.250 | 0.500 | 0.500 | 0.500 |" in text
-    assert "Of 2 rounds of mined negatives 1 were kept. Interruptions after which it went on: 1." in text
+    assert (
+        "Of 2 rounds of mined negatives 1 were kept. Interruptions after which it went on: 1."
+        in text
+    )
     assert "Shipped: `mini@shipped`." in text
     slow = ABOUT | found | {"seconds": 3 * 3600 + 1}
     assert "| **all** | **180** (misses the goal) |" in training_tables.builtin_training(slow)

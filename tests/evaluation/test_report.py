@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError
+from tte_jax.evaluation import outputs
 from tte_jax.evaluation.metrics import Mode
+from tte_jax.evaluation.mmeb_v2 import files
 from tte_jax.evaluation.mmeb_v2.registry import DATASETS
+from tte_jax.evaluation.reasoners import Recorded
 from tte_jax.evaluation.report import as_json, both_modes, compare_runs, find_runs, recompute
 
 
@@ -130,3 +134,22 @@ def test_bad_folders_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "MSVD_score.json").write_text("{")
     with pytest.raises(DataLossError, match="MSVD_score.json cannot be read"):
         find_runs([tmp_path])
+
+
+def test_texts_with_other_separators_of_lines_stay_in_one_row(tmp_path: Path) -> None:
+    """As texts from web pages do hold."""
+    name = "a\u2028b\x85c\x0cd"
+    row = {"prediction": [name], "label": [name], "rel_scores": None}
+    path = tmp_path / "x_pred.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert [one.prediction for one in outputs.read_predictions(path)] == [(name,)]
+    rows = "\n".join(json.dumps({"qry": one}, ensure_ascii=False) for one in (name, "e")) + "\r\n\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/data.jsonl").write_text(rows)
+    with patch.object(files, "row_files", lambda *_: [tmp_path / "data/data.jsonl"]):
+        found = list(files.read_rows(DATASETS[0], tmp_path))
+    assert found == [{"qry": name}, {"qry": "e"}]
+    ecrs = tmp_path / "ecrs.jsonl"
+    said = {"task": "t", "side": "query", "id": "0", "ecr": f"Answer: {name}"}
+    ecrs.write_text(json.dumps(said, ensure_ascii=False))
+    assert Recorded(ecrs).rows == {("t", "query", "0"): f"Answer: {name}"}

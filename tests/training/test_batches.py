@@ -7,9 +7,10 @@ import math
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -164,9 +165,12 @@ def test_vectors_go_where_the_loss_looks_for_them() -> None:
             pool,
         )
         learnt = reasoning_items([example("a"), example("a")], "both", sequences(64), pool)
+        twice = replace(example("a"), positives=example("a").positives * 2)
+        once = reasoning_items([twice], "both", sequences(64), pool)
     # b = 2 queries, then 2 x 2 positives, then 2 x 1 negatives; b has one positive only.
     assert sorted(item.dest for item in items) == [0, 1, 2, 3, 4, 6, 7]
-    assert len(learnt) == 2, "the query and the one document that has an ECR, each once"
+    assert len(learnt) == 4, "of both the query and the one document that has an ECR"
+    assert len(once) == 2, "a document that stands twice in an example is learnt once"
 
 
 def test_a_long_sequence_loses_its_ecr_first() -> None:
@@ -179,6 +183,12 @@ def test_a_long_sequence_loses_its_ecr_first() -> None:
     assert one.ids[-1] == whole.ids[-1], "the end of the turn, which is pooled, stays"
     text = Document("k", Content.of(words))
     assert sequences(40).embedding(text, Side.QUERY).tokens <= 40
+    # Written without spaces: characters go, of the ECR first.
+    chinese = Document("k", Content.of("猫" * 200), ecr="狗" * 200)
+    one = sequences(100).embedding(chinese, Side.QUERY)
+    assert 60 < one.tokens <= 100
+    cut = shorter(chinese, 0.5, 40)
+    assert cut.ecr == "狗" * 90 and cut.content == chinese.content
     with pytest.raises(InvalidInputError, match="without any text"):
         shorter(Document("k", Content.of("", tiny_models.png(0))), 0.5, 40)
 
@@ -198,8 +208,35 @@ def test_ranks_in_the_pool() -> None:
     documents = np.array([[2.0, 0], [0.9, 1], [2, 0]])
     found = results.retrieval(queries, documents, ["x", "y", "x"])
     assert found == {"hit1": 1.0, "hit10": 1.0, "mrr": 1.0}
+    # Vectors that have all become one, or no numbers, have found nothing.
+    keys = [str(i) for i in range(12)]
+    for value in (1.0, 0.0, np.nan):
+        same = np.full((12, 3), value)
+        found = results.retrieval(same, same, keys)
+        assert found["hit1"] == found["hit10"] == 0.0, value
     found = results.retrieval(queries, documents, ["y", "x", "x"])  # the last is nearer to y
     assert found == {"hit1": 2 / 3, "hit10": 1.0, "mrr": pytest.approx(5 / 6)}
+
+
+@dataclass(frozen=True)
+class Device:
+    """As a TPU's: JAX numbers them along the torus."""
+
+    process_index: int
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def test_the_devices_of_a_process_stand_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two rows of two hosts, each with four chips: as coordinates go, hosts alternate.
+    there = [Device(2 * (i // 8) + i % 4 // 2, i) for i in range(16)]
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    mesh = batches.mesh_of({"data": 4, "fsdp": 4, "tp": 1})
+    processes = [d.process_index for d in mesh.devices.reshape(-1)]
+    assert processes == sorted(processes) and mesh.axis_names == ("data", "fsdp", "tp")
+    with pytest.raises(InvalidInputError, match="needs 8 devices, but there are 16"):
+        batches.mesh_of({"data": 4, "fsdp": 2, "tp": 1})
 
 
 def test_rows_of_a_killed_run_do_not_stand_twice(tmp_path: Path) -> None:
@@ -214,8 +251,12 @@ def test_rows_of_a_killed_run_do_not_stand_twice(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="not finite|nan"):
         again.report(4, {"loss": math.nan})
     again.close()
+    last = Telemetry(tmp_path, steps=5, first=4)
+    with pytest.raises(InternalError, match="norm of the gradient is inf at step 5"):
+        last.report(5, {"loss": 1.0, "grad_norm": math.inf})
+    last.close()
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[1]["eval/hit1"] == 0.5 and rows[2]["loss"] == 7.0
 
 

@@ -21,8 +21,9 @@ from tests.sharding import runs
 from tests.sharding.test_processes import free_port
 from tests.training import child, pairs_file
 from training import contrastive
+from training.optimiser import Optimiser
 from tte_jax.embedder import Embedder
-from tte_jax.errors import PreconditionError
+from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.model import load_model
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.weights import hf
@@ -60,6 +61,16 @@ def uninterrupted(folder: Path) -> Path:
     settings = replace(settings, eval=settings.data[0], eval_examples=6)
     assert contrastive.main(settings) == settings.out / "export"
     return settings.out
+
+
+def test_the_temperature_has_a_bound(folder: Path, uninterrupted: Path) -> None:
+    settings = replace(config(folder, "cold"), steps=2)
+    for temperature in (0.005, 0.0, 2.0):
+        with pytest.raises(InvalidInputError, match="expected 0.01 to 1"):
+            contrastive.main(replace(settings, temperature=temperature))
+    learnt = replace(settings, temperature=0.0101, optimiser=Optimiser(lr=0.5))
+    contrastive.main(learnt)
+    assert all(row["temperature"] >= 0.00999 for row in rows(learnt.out))
 
 
 def same_run(a: Path, b: Path) -> None:

@@ -77,6 +77,20 @@ def test_each_finding(tmp_path, rows, finding):
     assert rows[0]["key"] in places[0] or finding == "invalid_row"
 
 
+def test_a_negative_is_a_right_answer_in_another_row(tmp_path):
+    rows = [
+        {"key": "1", "query": "it barks", "positives": ["fox"], "negatives": ["dog", "cat"]},
+        {"key": "2", "query": "it barks", "positives": ["dog"]},
+        {"key": "3", "query": {"text": "it barks", "instruction": "Draw."}, "positives": ["cat"]},
+    ]
+    shown = found(tmp_path, rows)
+    assert shown["negative_is_target"] == ["x/1"]
+    assert set(shown) == {"negative_is_target", "ambiguous_query"}
+    # The same in the other order, and without it nothing to say of a negative.
+    assert found(tmp_path, rows[1::-1])["negative_is_target"] == ["x/1"]
+    assert "negative_is_target" not in found(tmp_path, rows[::2])
+
+
 def test_a_group_joins_what_belongs_together(tmp_path):
     rows = [
         {"key": str(i), "query": q, "positives": [p], "group": "dog"}

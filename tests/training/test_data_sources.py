@@ -80,6 +80,9 @@ def test_json_lines_at_random(tmp_path):
         ('{"query": "a", "positives": ["b"], "negatives": [""]}', "negatives[0]"),
         ('{"query": "a", "positives": ["b"], "negatives": ["c"], "negative_scores": [1, 2]}', "2"),
         ('{"query": {"image": "x"}, "positives": ["b"]}', "'image'"),
+        ('{"query": {"images": "x.png"}, "positives": ["b"]}', "images to be a list"),
+        ('{"query": {"pages": [{"path": "x", "page": "3"}]}, "positives": ["b"]}', "whole number"),
+        ('{"query": "a", "positives": ["b"], "negatives": ["c"], "negative_scores": 1}', "a list"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, word):
@@ -148,6 +151,18 @@ def test_parquet_becomes_arrow_once(tmp_path, monkeypatch):
         ColumnSource([file], "x", columns=Columns(query="caption", query_image="picture"))
     with pytest.raises(NotFoundError, match="'test'"):
         data_files(tmp_path, "test")
+
+
+def test_a_split_takes_no_other_splits_files(tmp_path):
+    mine = ["train.parquet", "train-00000-of-00002.parquet", "train_0.arrow", "train.1.parquet"]
+    others = ["train_hard-00000.parquet", "training_notes.parquet", "test-0.parquet", "train.txt"]
+    for name in mine + others:
+        (tmp_path / name).touch()
+    assert [p.name for p in data_files(tmp_path, "train") if p.name not in mine] == []
+    assert sorted(p.name for p in data_files(tmp_path, "train")) == sorted(mine)
+    (tmp_path / "unseen").mkdir()
+    (tmp_path / "unseen" / "0000.parquet").touch()
+    assert [p.name for p in data_files(tmp_path, "unseen")] == ["0000.parquet"]
 
 
 def write_mix(root: Path) -> Path:
@@ -366,6 +381,17 @@ def test_ecrs_are_kept_by_content_and_arm(tmp_path):
     assert [told[i].query.ecr for i in range(2)] == ["of q0", ""]
     assert [told[i].positives[0].ecr for i in range(2)] == ["of t", "of t"]
     assert ecr_key(query, Side.QUERY) != ecr_key(query, Side.QUERY, "t")
+    # One picture that is asked two things has two reasonings, and what nobody reasoned has none.
+    asked = [{"text": "p", "instruction": f"Do {i}."} for i in range(3)]
+    rows = [{"query": one, "positives": ["same"]} for one in asked]
+    source = JsonlSource(write_jsonl(tmp_path / "asked.jsonl", rows))
+    store = EcrStore(tmp_path / "asked", arm=PLAIN, model="m@1", budget=8)
+    for i in (1, 0):
+        one = source[i].query
+        key = ecr_key(one, Side.QUERY)
+        store.append([Ecr(key, Side.QUERY, PLAIN, one.key, f"for {i}", "m@1", 8)])
+    told = WithEcrs(source, store)
+    assert [told[i].query.ecr for i in range(3)] == ["for 0", "for 1", ""]
 
     path.write_bytes(whole + b'{"key": "torn')
     assert len(EcrStore(path)) == 2  # a reader leaves it, a writer cuts it off

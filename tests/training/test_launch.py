@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,52 @@ def test_a_jobset_says_the_same_everywhere(file: Path) -> None:
     assert config.global_batch == 8192 and config.steps == 625
 
 
+SLURM = {
+    # The step runs in a session of its own, as tasks on other nodes do: only scancel reaches it.
+    "srun": 'shift; setsid "$@" & echo $! > "$SPOOL/task"; wait $!',
+    "scancel": 'echo "scancel $*" >> "$SPOOL/told"; kill -TERM "$(cat "$SPOOL/task")"',
+    "scontrol": 'echo "scontrol $*" >> "$SPOOL/told"',
+    "trainer": """
+        trap 'sleep 0.3; echo saved >> "$SPOOL/told"; exit 0' TERM
+        touch "$SPOOL/ready"
+        [ "$*" = "-m training.$MODULE --steps 3" ] || exit 64
+        [ "$ENDS" = waits ] || exit "$ENDS"
+        while true; do sleep 0.05; done""",
+}
+
+
 @pytest.mark.parametrize("file", sorted(DEPLOY.glob("slurm/*.sbatch")), ids=lambda f: f.name)
-def test_a_batch_file_is_a_shell_script(file: Path) -> None:
-    subprocess.run(["bash", "-n", file], check=True)
-    assert "--signal=TERM@" in file.read_text()
+@pytest.mark.parametrize(
+    ("ends", "code", "told"),
+    [
+        ("0", 0, []),
+        ("7", 7, []),
+        ("waits", 0, ["scancel --signal=TERM 41.0", "saved", "scontrol requeue 41"]),
+    ],
+)
+def test_a_batch_file_saves_and_is_queued_again(
+    file: Path, ends: str, code: int, told: list[str], tmp_path: Path
+) -> None:
+    for name, script in SLURM.items():
+        command = tmp_path / name
+        command.write_text(f"#!/bin/bash\n{script}\n")
+        command.chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SPOOL": str(tmp_path),
+        "TTE_PYTHON": "trainer", "MODULE": file.stem, "ENDS": ends,
+    }  # fmt: skip
+    job = subprocess.Popen(["bash", file, "--steps", "3"], env=env)
+    if ends == "waits":
+        until = time.monotonic() + 30
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        job.terminate()
+    assert job.wait(30) == code
+    lines = tmp_path / "told"
+    assert (lines.read_text().splitlines() if lines.exists() else []) == told
+    # Slurm signals the batch shell, and nothing else, only when it is asked to.
+    assert "#SBATCH --signal=B:TERM@" in file.read_text()
 
 
 def test_presets_are_the_recipe() -> None:

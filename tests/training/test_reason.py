@@ -107,7 +107,7 @@ async def test_arms_are_kept_apart(tmp_path, source):
     query = WithEcrs(source, EcrStore(truth.path))[0].query.ecr
     assert query.startswith("query|Find it. The right result is known: an owl.")
     # The picture answers five queries, and is reasoned about in the light of each.
-    told = [e for e in EcrStore(truth.path).by_document().values()]
+    told = [e for e in EcrStore(truth.path).shown_truth().values()]
     assert truth.written == 5 + 5 and len(told) == 6
     assert not any("right result" in line for line in plain.path.read_text().splitlines())
 

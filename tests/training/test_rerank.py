@@ -15,7 +15,7 @@ from training import builtin
 from training.builtin.rerank_rows import spoil
 from training.rerank import PRESETS, Config, RowSource, main, read_rows, score
 from tte_jax.builtin.models import RERANKER, path_of
-from tte_jax.errors import InvalidInputError, NotFoundError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.models.multimodal import MultimodalLM
 from tte_jax.preprocess.prompts import PromptSet
 from tte_jax.reranker import Reranker
@@ -104,6 +104,20 @@ def test_a_row_that_is_none_is_named(rows: Path, line: str) -> None:
         read_rows(rows)
 
 
+def test_a_text_may_hold_any_separator_of_lines(rows: Path) -> None:
+    row = {"query": "a\u2028b\x85c", "candidates": ["d\x0ce"], "labels": [1]}
+    rows.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert read_rows(rows) == [row]
+
+
+def test_fewer_steps_than_the_rate_rises_in_is_an_error(rows: Path, tmp_path: Path) -> None:
+    few = replace(
+        PRESETS["builtin"], rows=rows, start=path_of(RERANKER), out=tmp_path / "few", steps=10
+    )
+    with pytest.raises(InvalidInputError, match="10 steps leave nothing after a warm-up of 40"):
+        main(few)
+
+
 def test_rows_that_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="rerank_rows"):
         read_rows(tmp_path / "none.jsonl")
@@ -128,6 +142,14 @@ def test_a_run_that_is_stopped_goes_on(
     with pytest.raises(SystemExit):  # whoever started it must not take this for the end
         main(parts)
     assert not (parts.out / "export").exists(), "it was stopped after two steps"
+    for changed in ({"seed": 1}, {"lists": 3}, {"optimiser": "adamw"}):
+        with pytest.raises(PreconditionError, match=next(iter(changed))):
+            main(replace(parts, **changed))
+    there = rows.read_text()
+    rows.write_text(there + json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(PreconditionError, match="rows .* another --out"):
+        main(parts)
+    rows.write_text(there)
     main(parts)
 
     def told(out: Path) -> list[dict[str, float]]:

@@ -99,6 +99,30 @@ def test_the_loss_is_that_of_transformers(folder: Path) -> None:
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
+def test_data_without_ecrs_are_refused_and_a_step_without_them_changes_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = config(folder, "few")
+    with pytest.raises(InvalidInputError, match="of animals has an ECR for a positive"):
+        sft.main(replace(settings, sides="document"))
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["query"]["ecr"] = row["query"]["ecr"] if number == 0 else ""
+
+    def data(name: str, rows: list[dict]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"jsonl:{tmp_path / name}"
+
+    few = replace(settings, data=(data("few.jsonl", rows),), steps=2, out=tmp_path / "run")
+    with pytest.raises(InvalidInputError, match="none of the first 15 examples of jsonl:.*none"):
+        sft.main(replace(few, eval=data("none.jsonl", rows[1:])))
+    assert sft.main(few) is not None
+    told = [json.loads(x) for x in (few.out / "metrics.jsonl").read_text().splitlines()]
+    # Of two batches of eight, one has the only ECR.
+    assert sorted(row["tokens"] > 0 for row in told) == [False, True]
+    assert [row["loss"] for row in told if not row["tokens"]] == [0.0]
+
+
 def test_a_run_in_two_parts_is_the_same_run(folder: Path) -> None:
     whole = config(folder, "whole")
     assert sft.main(replace(whole, eval=whole.data[0])) == whole.out / "export"

@@ -9,14 +9,14 @@ can be compared query by query.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from training.builtin import SERVED_STYLE, texts
 from training.builtin.evaluate import UNSEEN_STYLE, Pictures, Query, composed_queries
 from training.data.concepts import Concept
-from training.data.ecrs import EcrStore
+from training.data.ecrs import EcrStore, ecr_key
 from training.data.emoji import EmojiData
 from training.data.examples import Document
 from training.data.rows import document
@@ -111,11 +111,10 @@ class HeldOut:
     def ranks(self, embedder: Embedder, store: EcrStore) -> dict[str, np.ndarray]:
         """[Q] place of the right document by task, 0 = first; of equal scores the earlier one
         of the pool stands first."""
-        ecrs = store.by_document()
 
         def vectors(documents: tuple[Document, ...], side: Side) -> np.ndarray:
-            told = [replace(d, ecr=ecrs.get((d.key, side), "")) for d in documents]
-            return embedder.embed([EmbedItem(d.content, side, d.ecr) for d in told])
+            told = [(d.content, store.get(ecr_key(d, side))) for d in documents]
+            return embedder.embed([EmbedItem(content, side, ecr) for content, ecr in told])
 
         pools = {name: vectors(pool, Side.DOCUMENT) for name, pool in self.pools.items()}
         return {

@@ -13,7 +13,7 @@ import numpy as np
 
 from training.data.emoji import EmojiData
 from training.mining.rounds import Round
-from training.mining.table import load
+from training.mining.table import table_beside
 from tte_jax.errors import InvalidInputError
 
 
@@ -28,7 +28,7 @@ def confused(folder: Path, data: EmojiData, concepts: np.ndarray) -> list[np.nda
     Raises:
       InvalidInputError: the round is of other data, or nothing was mined.
     """
-    table = load(folder.parent.parent / "table.jsonl")
+    table = table_beside(folder)
     place = {data.concepts[c].key: i for i, c in enumerate(concepts)}
 
     def shown(groups: tuple[str, ...]) -> list[int]:
@@ -37,11 +37,15 @@ def confused(folder: Path, data: EmojiData, concepts: np.ndarray) -> list[np.nda
 
     by_key = {(table.datasets[d.dataset], d.key): shown(d.groups) for d in table.documents}
     round, found = Round(folder), []
+    rules = round.rules
     for number, query in enumerate(table.queries):
         record = round[number]
         about = shown((query.group,))
         others = [
-            c for one in record.negatives for c in by_key[record.dataset, one.key] if c not in about
+            c
+            for one in record.chosen(filtered=rules.filters, count=rules.negatives)
+            for c in by_key[record.dataset, one.key]
+            if c not in about
         ]
         if about and others:
             found.append(np.array(list(dict.fromkeys(about + others))))

@@ -24,6 +24,7 @@ from training.builtin.words import concept_words
 from training.data.concepts import Concept
 from training.data.emoji import EmojiData
 from tte_jax.content import Content, Media, Side
+from tte_jax.json_lines import json_lines
 from tte_jax.preprocess.patches import ImageConfig
 from tte_jax.preprocess.positions import mrope_positions
 from tte_jax.preprocess.prompts import PromptSet
@@ -379,7 +380,7 @@ class _Said:
         self.pictures: dict[int, list[Own]] = {}
         self.texts: dict[int, list[Own]] = {}
         changes: dict[int, list[Own]] = {}
-        for line in path.read_text().splitlines():
+        for line in json_lines(path.read_text()):
             said = Own(**json.loads(line))
             said = said._replace(concept=place[said.concept])
             if said.row < 0:

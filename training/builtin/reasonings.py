@@ -51,7 +51,8 @@ def write_ecrs(
         for start in range(0, len(items), BATCH):
             some = items[start : start + BATCH]
             said = reasoner.reason(
-                [ReasonItem(one.content, side) for _, (one, side) in some], max_tokens=budget
+                [ReasonItem(one.content, side, one.instruction) for _, (one, side) in some],
+                max_tokens=budget,
             )
             store.append(
                 Ecr(key, side, PLAIN, one.key, told.text, reasoner.version, budget)

@@ -277,7 +277,7 @@ def main(config: Config) -> None:
         with_ecr, without = with_ecr[:told], without[:told]
         d_with, qw = with_ecr[:count], with_ecr[count:]
         d_none, qn = without[:count], without[count:]
-        scale = jnp.exp(jnp.minimum(trained.log_scale[...], np.log(100.0)))
+        scale = jnp.exp(trained.log_scale[...])
         concepts = batch.concepts
         losses = {
             "with": contrast(qw, d_with, scale, concepts, batch.answers),
@@ -302,7 +302,10 @@ def main(config: Config) -> None:
         if frozen:  # or weight decay would shrink it
             still = jax.tree.map(jnp.zeros_like, trained.model.visual)
             updates.model.visual = still  # pyright: ignore[reportAttributeAccessIssue]  # a Trained
-        return optax.apply_updates(trained, updates), opt_state, metrics
+        trained = optax.apply_updates(trained, updates)
+        # Here and not in the loss, whose gradient would end at the bound.
+        trained.log_scale[...] = jnp.minimum(trained.log_scale[...], np.log(100.0))
+        return trained, opt_state, metrics
 
     # --- restore ----------------------------------------------------------------------------
     config.out.mkdir(parents=True, exist_ok=True)

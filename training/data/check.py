@@ -8,7 +8,7 @@
 | missing_media | error | a file that is not there, is empty, or (with --decode) cannot be decoded |
 | repeated_key | error | two examples of one data set with the same key: their negatives would mix |
 | duplicate_example | error | the same query with the same target twice |
-| negative_is_target | error | a negative that is a right answer of the same query or group |
+| negative_is_target | error | a negative that some row calls right for that query or group |
 | target_in_query | error | the target's text stands in the query's text |
 | target_in_ecr | error | the target's text stands in the query's ECR, yet not in the query |
 | eval_query | error | a query that the evaluation asks too |
@@ -207,8 +207,8 @@ class _Seen:
         self._pairs: set[tuple[str, str, str]] = set()
         self._targets: dict[tuple[str, str], dict[str, str]] = {}
         self._queries: dict[tuple[str, str], dict[str, str]] = {}
-        self._group_targets: dict[tuple[str, str], set[str]] = {}
-        self._negatives: list[tuple[str, str, str, tuple[str, ...]]] = []
+        self._right: dict[tuple[str, str, str], set[str]] = {}
+        self._negatives: list[tuple[str, list[tuple[str, str, str]], tuple[str, ...]]] = []
 
     def check(self, row: Row, where: str, report: Report) -> None:
         if (row.dataset, row.key) in self._keys:
@@ -218,10 +218,12 @@ class _Seen:
         query = f"{self._of(row.query)}|{row.query.instruction}"
         targets = [self._of(item) for item in row.positives]
         negatives = tuple(self._of(item) for item in row.negatives)
+        asked = [(row.dataset, "query", query)]
+        asked += [(row.dataset, "group", row.group)] if row.group else []
         if set(negatives) & set(targets):
             report.add("negative_is_target", where)
-        elif negatives and row.group:
-            self._negatives.append((where, row.dataset, row.group, negatives))
+        elif negatives:
+            self._negatives.append((where, asked, negatives))
         for target in targets:
             if (row.dataset, query, target) in self._pairs:
                 report.add("duplicate_example", where)
@@ -231,12 +233,12 @@ class _Seen:
             self._queries.setdefault((row.dataset, query), {}).setdefault(
                 row.group or f"target:{target}", where
             )
-            if row.group:
-                self._group_targets.setdefault((row.dataset, row.group), set()).add(target)
+            for one in asked:
+                self._right.setdefault(one, set()).add(target)
 
     def finish(self, report: Report) -> None:
-        for where, dataset, group, negatives in self._negatives:
-            if set(negatives) & self._group_targets.get((dataset, group), set()):
+        for where, asked, negatives in self._negatives:
+            if any(set(negatives) & self._right[one] for one in asked if one in self._right):
                 report.add("negative_is_target", where)
         for finding, found in (
             ("ambiguous_query", self._queries), ("shared_target", self._targets),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,9 @@ def data_files(folder: Path, split: str = "train", subset: str = "") -> list[Pat
     """The files of a split of a data set on disk, in order.
 
     Looked for, in the folder of the subset where there is one: what `save_to_disk` wrote (a
-    `state.json` naming its Arrow files, or a folder for each split), then `SPLIT-*.parquet` and
-    `.arrow` here and below `data/` and `SPLIT/`.
+    `state.json` naming its Arrow files, or a folder for each split), then `SPLIT.parquet`,
+    `SPLIT-*.parquet`, numbered ones (`SPLIT_0.parquet`) and the same in `.arrow`, here and below
+    `data/`, and whatever lies in `SPLIT/`.
 
     Raises:
       NotFoundError: there are none.
@@ -195,8 +197,11 @@ def data_files(folder: Path, split: str = "train", subset: str = "") -> list[Pat
                 return [place / entry["filename"] for entry in named]
             folders = [place] if place.name == split else [place, place / "data"]
             for one in folders:
-                pattern = "*" if one.name == split else f"{split}*"
-                found = sorted(p for s in ("parquet", "arrow") for p in one.glob(f"{pattern}.{s}"))
+                found = sorted(p for s in ("parquet", "arrow") for p in one.glob(f"*.{s}"))
+                if one.name != split:
+                    # Not `train_hard-…` for `train`.
+                    mine = re.compile(re.escape(split) + r"(-.*|[._ ]?\d.*)?\.(parquet|arrow)")
+                    found = [p for p in found if mine.fullmatch(p.name)]
                 if found:
                     return found
     raise NotFoundError(

@@ -102,11 +102,13 @@ class EcrStore:
         found = self._known.get(key)
         return found.ecr if found is not None else ""
 
-    def by_document(self) -> dict[tuple[str, Side], str]:
-        """ECRs by document and side; of several with different ground truth, the first."""
+    def shown_truth(self) -> dict[tuple[str, Side], str]:
+        """ECRs of the ground-truth arm by document and side, since what was shown is not known to
+        a reader; of several, the first."""
         found: dict[tuple[str, Side], str] = {}
         for one in self._known.values():
-            found.setdefault((one.document, one.side), one.ecr)
+            if one.arm == TRUTH:
+                found.setdefault((one.document, one.side), one.ecr)
         return found
 
     def append(self, new: Iterable[Ecr]) -> None:
@@ -140,11 +142,12 @@ class EcrStore:
 
 
 class WithEcrs:
-    """A source whose documents carry the ECRs of a store; what the store lacks stays as it is."""
+    """A source whose documents carry the ECRs of a store, each the one that was written for its
+    content, side and instruction; what the store lacks stays as it is."""
 
     def __init__(self, source: ExampleSource, store: EcrStore) -> None:
         self.source = source
-        self._ecrs = store.by_document()
+        self._store, self._shown = store, store.shown_truth()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -162,5 +165,8 @@ class WithEcrs:
         return self._with(pick(self.source, index, at), Side.DOCUMENT)
 
     def _with(self, document: Document, side: Side) -> Document:
-        found = self._ecrs.get((document.key, side))
-        return document if found is None else replace(document, ecr=found)
+        key = ecr_key(document, side)
+        if key in self._store:
+            return replace(document, ecr=self._store.get(key))
+        shown = self._shown.get((document.key, side))
+        return document if shown is None else replace(document, ecr=shown)

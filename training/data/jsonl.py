@@ -82,7 +82,7 @@ class JsonlSource(RowSource):
 
     def _row(self, value: Any, where: str, number: int) -> Row:
         _object(value, where, _ROW)
-        scores = value.get("negative_scores") or ()
+        scores = _sequence(value, "negative_scores", where)
         positive = value.get("positive_score")
         return Row(
             key=str(value.get("key", number)),
@@ -108,11 +108,15 @@ class JsonlSource(RowSource):
         if isinstance(value, str):
             return Item(value)
         _object(value, where, _SIDE)
-        media = [self._file(p, MediaKind.IMAGE, where) for p in value.get("images") or ()]
-        media += [self._file(p, MediaKind.VIDEO, where) for p in value.get("videos") or ()]
-        for page in value.get("pages") or ():
+        media = [self._file(p, MediaKind.IMAGE, where) for p in _sequence(value, "images", where)]
+        media += [self._file(p, MediaKind.VIDEO, where) for p in _sequence(value, "videos", where)]
+        for page in _sequence(value, "pages", where):
             _object(page, f"{where}.pages", {"path", "page"})
-            number = int(page.get("page", 0))
+            number = page.get("page", 0)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise InvalidInputError(
+                    f"{where}.pages: expected page to be a whole number from 0, got {number!r}"
+                )
             media.append(self._file(page.get("path"), MediaKind.PAGE, where, number))
         return Item(
             text=str(value.get("text") or ""),
@@ -134,6 +138,13 @@ def _object(value: Any, where: str, known: set[str]) -> None:
         raise InvalidInputError(
             f"{where}: unknown {_list(unknown)}; known are {_list(known)}", field=where
         )
+
+
+def _sequence(value: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
+    found = value.get(name)
+    if found is not None and not isinstance(found, list):
+        raise InvalidInputError(f"{where}: expected {name} to be a list, got {found!r}")
+    return found or ()
 
 
 def _number(value: Any, where: str) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from training.data.examples import Document, Example
 from training.data.rows import ExampleSource, pick
-from training.mining.records import UNFILTERED, Record
+from training.mining.records import Record
 from training.mining.rounds import Round
-from training.mining.table import Table, load
+from training.mining.table import Table, table_beside
 from tte_jax.errors import DataLossError, InvalidInputError
 
 
@@ -48,10 +48,9 @@ class MinedSource:
                 "the data of that round, or mine again."
             )
         self.source, self._table, self.round = source, table, round
-        self._limit = negatives or round.manifest["rules"]["negatives"]
-        if filtered is None:
-            filtered = round.manifest["rules"]["arm"] != UNFILTERED
-        self._filtered, self._keep_given = filtered, keep_given
+        self._limit = negatives or round.rules.negatives
+        self._filtered = round.rules.filters if filtered is None else filtered
+        self._keep_given = keep_given
         self._number = {
             (table.datasets[d.dataset], d.key): i for i, d in enumerate(table.documents)
         }
@@ -62,11 +61,7 @@ class MinedSource:
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
         record = self.record(index)
-        chosen = record.negatives
-        if not self._filtered:
-            # Both lists are sorted, and whatever was dropped scored higher.
-            chosen = (*record.false_negatives, *record.negatives)
-        chosen = chosen[: self._limit]
+        chosen = record.chosen(filtered=self._filtered, count=self._limit)
         documents = tuple(self._document(record.dataset, one.key) for one in chosen)
         scores = tuple(one.score for one in chosen if one.score is not None)
         given: tuple[Document, ...] = ()
@@ -95,8 +90,11 @@ class MinedSource:
 
     @classmethod
     def of(cls, source: ExampleSource, folder: Path) -> MinedSource:
-        """A sealed round by its folder, with the table of the loop that it lies in."""
-        return cls(source, Round(folder), load(folder.parent.parent / "table.jsonl"))
+        """A sealed round by its folder, with the table of the loop that it lies in.
+
+        Raises NotFoundError when the table is not there; else as `Round` and `table.load`.
+        """
+        return cls(source, Round(folder), table_beside(folder))
 
     def record(self, index: int) -> Record:
         """What the round says of an example: records stand in the order of the examples."""

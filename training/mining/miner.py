@@ -11,7 +11,7 @@ import numpy as np
 from training.mining.candidates import NONE as NO_CANDIDATE
 from training.mining.records import EMBEDDER, NONE, RANDOM, Record, Rules, Scored
 from training.mining.rounds import RoundWriter
-from training.mining.table import QueryEntry, Table
+from training.mining.table import QueryEntry, Table, check_texts
 from tte.v1 import reranker_pb2
 from tte_jax.client import NegativeMiner, Refused
 from tte_jax.errors import InvalidInputError, PreconditionError
@@ -57,6 +57,7 @@ async def mine(
     if rules.reranks:
         if miner is None:
             raise InvalidInputError(f"the arm {rules.arm!r} needs a reranker service")
+        check_texts(table)
         records = _reranked(table, found, rules, first, miner, version)
     else:
         records = _plain(table, found, cosines, rules, first, round)
@@ -163,15 +164,6 @@ def _request(
 ) -> reranker_pb2.MineNegativesRequest:
     query = table.queries[index]
     positive = query.positives[0]
-    for name, read in (("query", query.text), ("positive", table.documents[positive].text)):
-        if not read.strip():
-            raise InvalidInputError(
-                f"the {name} of {table.datasets[query.dataset]}/{query.key} has no text, and the "
-                "reranker reads nothing else. Give it an ECR: `python -m training.reason` writes "
-                "them.",
-                field=name,
-                reason="NO_TEXT",
-            )
 
     def text(number: int) -> reranker_pb2.MiningText:
         return reranker_pb2.MiningText(id=str(number), text=table.documents[number].text)

@@ -55,6 +55,10 @@ class Rules:
     def reranks(self) -> bool:
         return self.arm in (RERANKER, UNFILTERED)
 
+    @property
+    def filters(self) -> bool:
+        return self.arm != UNFILTERED
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -82,6 +86,15 @@ class Record:
     negatives: tuple[Scored, ...] = ()
     false_negatives: tuple[Scored, ...] = ()
     refused: str = ""
+
+    def chosen(self, *, filtered: bool, count: int) -> tuple[Scored, ...]:
+        """At most `count` negatives, the hardest first.
+
+        Args:
+          filtered: False puts likely false negatives back among them.
+        """
+        # Both lists are sorted, and whatever was dropped scored higher.
+        return (self.negatives if filtered else self.false_negatives + self.negatives)[:count]
 
     def to_line(self) -> bytes:
         """One line; equal records are equal bytes."""

@@ -28,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from training.mining.records import Record
+from training.mining.records import Record, Rules
 from tte_jax.corpus.durable import fsync_directory, write_atomically
 from tte_jax.corpus.faults import translated
 from tte_jax.corpus.lock import WriterLock
@@ -227,6 +227,11 @@ class Round:
     @property
     def number(self) -> int:
         return self.manifest["round"]
+
+    @property
+    def rules(self) -> Rules:
+        """How its negatives were chosen."""
+        return Rules(**self.manifest["rules"])
 
     @property
     def sha256(self) -> str:

@@ -16,7 +16,7 @@ from training.data.examples import Document, Example
 from training.data.rows import ExampleSource, pick
 from tte_jax.cascade.texts import rerank_text
 from tte_jax.corpus.durable import write_atomically
-from tte_jax.errors import DataLossError, InvalidInputError, PreconditionError
+from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.preprocess.ecr import parse_ecr
 
 _FORMAT = 1
@@ -140,6 +140,40 @@ def table_of(source: ExampleSource) -> Table:
     return Table(tuple(datasets), tuple(queries), entries, h.hexdigest())
 
 
+def check_texts(table: Table) -> None:
+    """Raises InvalidInputError (`NO_TEXT`) when a query or the positive that is scored has no text
+    for a reranker to read."""
+    for query in table.queries:
+        positive = table.documents[query.positives[0]]
+        for name, read in (("query", query.text), ("positive", positive.text)):
+            if not read.strip():
+                raise InvalidInputError(
+                    f"the {name} of {table.datasets[query.dataset]}/{query.key} has no text, and"
+                    " the reranker reads nothing else. Give it an ECR: `python -m training.reason`"
+                    " writes them.",
+                    field=name,
+                    reason="NO_TEXT",
+                )
+
+
+def difference(table: Table, index: int, example: Example) -> str:
+    """How an example differs from what the table says of it; "" = not at all."""
+    query = table.queries[index]
+    where = f"example {index} ({table.datasets[query.dataset]}/{query.key})"
+    asked = (query.key, query.text, query.instruction, query.group)
+    found = example.query
+    if (example.key, text_of(found), found.instruction, example.group) != asked:
+        return f"{where} asks something else, or has another ECR, key or group"
+    known = [table.documents[i] for i in query.positives]
+    if [one.key for one in example.positives] != [one.key for one in known]:
+        return f"{where} has other positives"
+    for one, document in zip(example.positives, known, strict=True):
+        # What the table keeps of a document is from where it stands first.
+        if document.example == index and text_of(one) != document.text:
+            return f"a positive of {where} has another ECR"
+    return ""
+
+
 def _query(example: Example, dataset: int, positives: tuple[int, ...]) -> QueryEntry:
     query = example.query
     return QueryEntry(
@@ -184,6 +218,21 @@ def load(path: Path) -> Table:
         DocumentEntry(row[0], row[1], row[2], tuple(row[3]), row[4], row[5]) for row in rows[split:]
     )
     return Table(tuple(head["datasets"]), queries, documents, fingerprint)
+
+
+def table_beside(round: Path) -> Table:
+    """The table of the loop that a round's folder lies in.
+
+    Raises NotFoundError when it is not there; else as `load`.
+    """
+    path = round.absolute().parent.parent / "table.jsonl"
+    if not path.is_file():
+        raise NotFoundError(
+            f"{path} is not there, and it says what {round} was mined from: a round is read where"
+            " the loop sealed it, or from a copy of the loop's folder with its table.jsonl",
+            path=path,
+        )
+    return load(path)
 
 
 def _lines(

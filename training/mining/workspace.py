@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from training.data.rows import ExampleSource
 from training.mining import table as tables
 from training.mining.rounds import name_of
@@ -29,6 +31,9 @@ from training.mining.table import Table
 from tte_jax.corpus.durable import fsync_directory, fsync_file, write_atomically
 from tte_jax.corpus.lock import WriterLock
 from tte_jax.errors import DataLossError, PreconditionError
+
+COMPARED = 64
+"""Examples that are compared with the table when a loop goes on."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,23 @@ class Workspace:
                 reason="SETTINGS_CHANGED",
             )
 
-    def table(self, source: ExampleSource) -> Table:
-        """Read from the folder, else made from the source and kept."""
+    def table(self, source: ExampleSource, *, reranks: bool = False) -> Table:
+        """Read from the folder, else made from the source and kept.
+
+        Args:
+          reranks: a reranker will read it.
+
+        Raises:
+          InvalidInputError (`NO_TEXT`): it would find nothing to read. No table is kept then.
+          PreconditionError (`DATA_CHANGED`): the data are not what the table was made of, as far as
+            their number and some examples tell.
+        """
         if not self.table_path.exists():
-            tables.save(tables.table_of(source), self.table_path)
+            made = tables.table_of(source)
+            if reranks:
+                tables.check_texts(made)
+            tables.save(made, self.table_path)
+            return made
         table = tables.load(self.table_path)
         if len(table.queries) != len(source):
             raise PreconditionError(
@@ -118,6 +136,13 @@ class Workspace:
                 f"{len(source)}. Restore the data, or give another folder.",
                 reason="DATA_CHANGED",
             )
+        for index in np.unique(np.linspace(0, len(source) - 1, COMPARED, dtype=int)).tolist():
+            if changed := tables.difference(table, index, source[index]):
+                raise PreconditionError(
+                    f"{self.table_path} was made of other data: {changed}. Its vectors and rounds"
+                    " are of those. Restore the data, or give another folder.",
+                    reason="DATA_CHANGED",
+                )
         return table
 
     def trained(self, round: int) -> bool:

@@ -37,6 +37,7 @@ from tte_jax.evaluation.metrics import (
 from tte_jax.evaluation.pool_index import TIES
 from tte_jax.evaluation.runner import Answer, ArmResult
 from tte_jax.evaluation.significance import interval
+from tte_jax.json_lines import json_lines
 from tte_jax.preprocess.image import decode_image
 from tte_jax.preprocess.video import probe_video, sampled_frames
 
@@ -252,7 +253,7 @@ def read_predictions(path: Path) -> list[Ranked]:
 def lines(path: Path) -> list[str]:
     """Of a result file. Raises DataLossError when it is no text."""
     try:
-        return path.read_text("utf-8").splitlines()
+        return json_lines(path.read_text("utf-8"))
     except (UnicodeDecodeError, OSError) as error:
         raise DataLossError(
             f"{path} cannot be read ({error}); delete it and run its task again.",

@@ -11,6 +11,7 @@ from pathlib import Path
 from tte_jax.content import NO_REASONING, Content, Reasoning, Side, Task, Usage
 from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.evaluation.arms import Ecr
+from tte_jax.json_lines import json_lines
 from tte_jax.preprocess.ecr import parse_ecr
 from tte_jax.stages import ReasonerStage, ReasonItem
 
@@ -58,7 +59,7 @@ class Cached:
         self.inner, self.path, self.models = inner, path, models
         self.known: dict[str, Reasoning] = {}
         if path.is_file():
-            for line in path.read_text("utf-8").splitlines():
+            for line in json_lines(path.read_text("utf-8")):
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -110,7 +111,7 @@ class Recorded:
             raise NotFoundError(f"There is no file of ECRs {path}.", reason="FILE_NOT_FOUND")
         self.rows: dict[tuple[str, str, str], str] = {}
         self.by_content: dict[tuple[Side, str], Reasoning] = {}
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(json_lines(path.read_text("utf-8")), start=1):
             try:
                 row = json.loads(line)
                 side, ecr = row["side"], row["ecr"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from training.builtin.pairs import Mix, PairSource
 from training.builtin.sampling import image_table
 from training.data.emoji_examples import EmojiSource
 from training.data.mixture import Mixture, Weighted
-from training.mining.records import Record, Scored
-from training.mining.rounds import RoundWriter
+from training.mining.figures import figures
+from training.mining.records import UNFILTERED, Record, Rules, Scored
+from training.mining.rounds import Round, RoundWriter
 from training.mining.table import Table, save, table_of
 from tte_jax.builtin.models import REASONER, path_of
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.preprocess.tokenizer import Tokenizer
 
 DATA = emoji_data(side=8)
@@ -66,6 +69,48 @@ def test_a_query_is_confused_with_what_its_negatives_show(tmp_path: Path, table:
         ]
         # The hardest first, and drawings of one concept by two artists count once.
         assert keys[1:] == list(dict.fromkeys(wrong[:3][::-1]))
+
+
+def test_an_arm_without_the_filter_has_what_the_filter_drops(tmp_path: Path, table: Table) -> None:
+    save(table, tmp_path / "table.jsonl")
+    rules = Rules(arm=UNFILTERED, negatives=3)
+    writer = RoundWriter(
+        tmp_path / "rounds", 0, {"table": table.fingerprint, "rules": asdict(rules)}
+    )
+    with writer:
+        for query in table.queries:
+            wrong = [
+                Scored(d.key, 0.9 - i / 100)
+                for i, d in enumerate(table.documents)
+                if d.dataset == query.dataset and not table.is_right(query, i)
+            ]
+            name = table.datasets[query.dataset]
+            writer.append(Record(name, query.key, 0.5, tuple(wrong[2:5]), tuple(wrong[:2])))
+        folder = writer.seal()
+    concepts = image_table(DATA).concepts
+    groups_of = {(table.datasets[d.dataset], d.key): d.groups for d in table.documents}
+    round = Round(folder)
+    for record, group in zip(round, confused(folder, DATA, concepts), strict=True):
+        meant = (*record.false_negatives, *record.negatives)[:3]
+        shown = [concept_of(g) for one in meant for g in groups_of[record.dataset, one.key]]
+        keys = [DATA.concepts[concepts[i]].key for i in group]
+        assert keys[1:] == list(dict.fromkeys(shown))
+    found = np.zeros((len(table.queries), 1), int)
+    told = figures(round, table, found)
+    assert told["negatives"] == 3.0 and told["without"] == 0.0
+    meant = [(*r.false_negatives, *r.negatives)[:3] for r in round]
+    hard = [(one.score or 0) / 0.5 for some in meant for one in some]
+    assert told["hardness"] == pytest.approx(np.mean(hard)) and told["hardness"] > 1
+    # The same round as the arm with the filter has it.
+    assert [len(r.chosen(filtered=True, count=2)) for r in round] == [2] * len(round)
+
+
+def test_a_round_without_its_table_says_so(tmp_path: Path, table: Table) -> None:
+    folder = sealed(tmp_path, table, negatives=3)
+    copy = tmp_path / "elsewhere" / "rounds" / folder.name
+    copytree(folder, copy)
+    with pytest.raises(NotFoundError, match="elsewhere/table.jsonl is not there"):
+        confused(copy, DATA, image_table(DATA).concepts)
 
 
 def test_a_round_without_negatives_is_refused(tmp_path: Path, table: Table) -> None:

@@ -15,13 +15,16 @@ from tests.training.mining.hand import (
     share_of_words,
 )
 from tests.training.test_data_sources import write_jsonl
+from training.data.ecrs import PLAIN, Ecr, EcrStore, WithEcrs, ecr_key
 from training.data.jsonl import JsonlSource
 from training.mining import candidates, miner, table
 from training.mining.embeddings import embed
 from training.mining.mined_source import MinedSource
 from training.mining.records import ARMS, EMBEDDER, NONE, RANDOM, RERANKER, UNFILTERED, Rules
 from training.mining.rounds import Round, RoundWriter
+from training.mining.workspace import Workspace
 from tte_jax.client import NegativeMiner
+from tte_jax.content import Side
 from tte_jax.errors import (
     DataLossError,
     InvalidInputError,
@@ -286,6 +289,42 @@ async def test_texts_are_needed_and_models_must_stay(tmp_path, source):
     role.version = "hand@2"
     with pytest.raises(PreconditionError, match="hand@2 by now"):
         await mined(source, tmp_path / "y", Rules(), role)
+
+
+def test_a_table_is_of_its_data(tmp_path):
+    """Missing ECRs are told before anything is kept, changed ones afterwards."""
+    names = ("owl", "elk", "emu")
+    for name in names:
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    rows = [{"query": f"find {n}", "positives": [{"images": [f"{n}.png"]}]} for n in names]
+    pictures = JsonlSource(write_jsonl(tmp_path / "p.jsonl", rows))
+
+    def told(number: str, known: int) -> WithEcrs:
+        store = EcrStore(tmp_path / f"ecrs{number}", arm=PLAIN, model="m", budget=8)
+        for name, example in zip(names[:known], pictures, strict=False):
+            one, side = example.positives[0], Side.DOCUMENT
+            ecr = f"Answer: {name}{number}"
+            store.append([Ecr(ecr_key(one, side), side, PLAIN, one.key, ecr, "m", 8)])
+        return WithEcrs(pictures, store)
+
+    space = Workspace(tmp_path / "state")
+    space.root.mkdir()
+    with pytest.raises(InvalidInputError, match="positive of p/3 has no text") as raised:
+        space.table(told("1", known=2), reranks=True)
+    assert raised.value.reason == "NO_TEXT" and not space.table_path.exists()
+    made = space.table(told("1", known=3), reranks=True)
+    assert space.table(told("1", known=3), reranks=True) == made
+    with pytest.raises(PreconditionError, match="positive of example 0 .* has another ECR") as e:
+        space.table(told("2", known=3))
+    assert e.value.reason == "DATA_CHANGED"
+    rows[2]["query"] = "find it"
+    other = JsonlSource(write_jsonl(tmp_path / "q.jsonl", rows), dataset="p")
+    with pytest.raises(PreconditionError, match="example 2 .* asks something else"):
+        space.table(WithEcrs(other, EcrStore(tmp_path / "ecrs1")))
+    # Without a reranker nobody reads the texts.
+    bare = Workspace(tmp_path / "bare")
+    bare.root.mkdir()
+    assert len(bare.table(pictures).queries) == 3
 
 
 async def test_a_round_is_of_its_data(source, tmp_path):

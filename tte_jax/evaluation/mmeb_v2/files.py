@@ -20,6 +20,7 @@ import yaml
 
 from tte_jax.errors import DataLossError, NotFoundError
 from tte_jax.evaluation.mmeb_v2.registry import DatasetInfo
+from tte_jax.json_lines import json_lines
 
 ROOT_REPO = "TIGER-Lab/MMEB-V2"
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
@@ -209,7 +210,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     else:
         text = path.read_text("utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else None
-        lines = rows if rows is not None else (json.loads(x) for x in text.splitlines() if x)
+        lines = rows if rows is not None else (json.loads(x) for x in json_lines(text) if x.strip())
         for row in lines:
             _check(path, columns, list(row))
             yield row
