@@ -215,12 +215,7 @@ def main(config: Config, *, examples: ExampleSource | None = None, mined: str = 
     mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards = batches.local_shards(mesh)
     total = sizes["data"] * sizes["fsdp"]
-    check(total, shards, global_batch=config.global_batch, steps=config.steps, until=config.until)
-    if not LEAST_TEMPERATURE <= config.temperature <= 1:
-        raise InvalidInputError(
-            f"temperature {config.temperature}: expected {LEAST_TEMPERATURE} to 1",
-            field="temperature",
-        )
+    check(config, total, shards)
 
     # --- data -------------------------------------------------------------------------------
     mixture = mixed(config.data)
@@ -431,7 +426,20 @@ def first_of(examples: Any, count: int) -> list[Example]:
     return [examples[i] for i in range(min(count, len(examples)))]
 
 
-def check(total: int, shards: Sequence[int], *, global_batch: int, steps: int, until: int) -> None:
+def check(config: Config, total: int, shards: Sequence[int]) -> None:
+    """As `check_sizes`; raises InvalidInputError for a temperature, too."""
+    sizes = {"global_batch": config.global_batch, "steps": config.steps, "until": config.until}
+    check_sizes(total, shards, **sizes)
+    if not LEAST_TEMPERATURE <= config.temperature <= 1:
+        raise InvalidInputError(
+            f"temperature {config.temperature}: expected {LEAST_TEMPERATURE} to 1",
+            field="temperature",
+        )
+
+
+def check_sizes(
+    total: int, shards: Sequence[int], *, global_batch: int, steps: int, until: int
+) -> None:
     """Raises InvalidInputError where sizes do not fit each other.
 
     Args:

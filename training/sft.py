@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from training import batches, configuration, flops, launch, parameters, results
 from training.batches import Fill, Item, Packing, SubBatch
 from training.checkpoint import RunCheckpoints, go_on
-from training.contrastive import check, first_of, mixed
+from training.contrastive import check_sizes, first_of, mixed
 from training.data.examples import Example
 from training.data.mixture import Mixture
 from training.data.order import BatchOrder, read_steps
@@ -160,7 +160,13 @@ def main(config: Config) -> Path | None:
     sizes = sharding.parse_mesh(config.mesh or f"data={devices}")
     mesh = batches.mesh_of(sizes) if devices > 1 else None
     shards, total = batches.local_shards(mesh), sizes["data"] * sizes["fsdp"]
-    check(total, shards, global_batch=config.global_batch, steps=config.steps, until=config.until)
+    check_sizes(
+        total,
+        shards,
+        global_batch=config.global_batch,
+        steps=config.steps,
+        until=config.until,
+    )
 
     # --- data -------------------------------------------------------------------------------
     mixture = mixed(config.data)

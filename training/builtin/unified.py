@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -302,7 +302,7 @@ def main(config: Config) -> None:
         if frozen:  # or weight decay would shrink it
             still = jax.tree.map(jnp.zeros_like, trained.model.visual)
             updates.model.visual = still  # pyright: ignore[reportAttributeAccessIssue]  # a Trained
-        trained = optax.apply_updates(trained, updates)
+        trained = cast(Trained, optax.apply_updates(trained, updates))
         # Here and not in the loss, whose gradient would end at the bound.
         trained.log_scale[...] = jnp.minimum(trained.log_scale[...], np.log(100.0))
         return trained, opt_state, metrics
