@@ -43,7 +43,8 @@ $(BIN)/python:
 	"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 	echo "$(PYTHON) is not Python 3.11 to 3.13 (ScaNN has wheels for no other)." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@# Half an environment, as Debian leaves one without python3-venv, would pass for a whole one.
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .

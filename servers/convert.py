@@ -323,7 +323,8 @@ def get_response(
         unknown_ids=[i for i, d in zip(ids, documents, strict=True) if d is None],
     )
     size = response.ByteSize()
-    if size > limits.MAX_MESSAGE_BYTES:
+    # One document that could be stored can be sent: beside its media there is room for the rest.
+    if size > limits.MAX_MESSAGE_BYTES and len(ids) > 1:
         raise InvalidInputError(
             f"the {len(ids)} documents are {size} bytes together, a message holds "
             f"{limits.MAX_MESSAGE_BYTES}: ask for fewer ids, or set omit_media",

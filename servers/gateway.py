@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 
@@ -103,10 +103,9 @@ async def create(settings: Settings) -> Service:
     following = None
     if settings.next_embedder_address:
         following = RemoteEmbedder(settings.next_embedder_address)
-    servicer = RetrievalServicer(
-        Cascade(reasoner, embedder, index, reranker, next_embedder=following)
-    )
-    watch = BackendWatch(backends, poll_s=POLL_S)
+    cascade = Cascade(reasoner, embedder, index, reranker, next_embedder=following)
+    servicer = RetrievalServicer(cascade)
+    watch = BackendWatch({**backends, "embedder": CurrentEmbedder(cascade)}, poll_s=POLL_S)
 
     async def close() -> None:
         every = [*backends.values(), *([following] if following else [])]
@@ -130,6 +129,24 @@ class Backend(Protocol):
     async def serving(self, *, timeout_s: float = 1.0) -> bool: ...
 
     async def disconnected(self) -> None: ...
+
+
+class CurrentEmbedder:
+    """Whichever embedder searches use: it changes when the corpus changes over to another's
+    vectors."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self._cascade = cascade
+
+    async def serving(self, *, timeout_s: float = 1.0) -> bool:
+        return await self._now.serving(timeout_s=timeout_s)
+
+    async def disconnected(self) -> None:
+        await self._now.disconnected()
+
+    @property
+    def _now(self) -> Backend:
+        return cast(RemoteEmbedder, self._cascade.embedder)
 
 
 class BackendWatch:

@@ -56,9 +56,9 @@ SERVER_OPTIONS = (
     # Clients that ping every 30 s through a long call must not be sent away.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Long-lived HTTP/2 connections would pin clients to old replicas.
+    # Long-lived HTTP/2 connections would pin clients to old replicas. Calls under way, which may be
+    # an ingest of hours, end in peace on the old connection: there is no limit of grace.
     ("grpc.max_connection_age_ms", 300_000),
-    ("grpc.max_connection_age_grace_ms", 30_000),
     # Two servers on one port would share its connections silently.
     ("grpc.so_reuseport", 0),
 )

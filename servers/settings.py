@@ -23,6 +23,7 @@ DEFAULT_PORTS = {
     "reranker": 50063,
     "index": 50064,
 }
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -87,6 +88,12 @@ class Settings:
                 f"listwise is {self.listwise}: expected 0 (off) to {MAX_RERANK_CANDIDATES}",
                 field="listwise",
             )
+        object.__setattr__(self, "log_level", self.log_level.upper())
+        if self.log_level not in LOG_LEVELS:
+            raise InvalidInputError(
+                f"log_level is {self.log_level!r}: expected {', '.join(LOG_LEVELS)}",
+                field="log_level",
+            )
         if self.drain_delay_s < 0 or self.grace_s < 0:
             raise InvalidInputError(
                 "drain_delay_s and grace_s are seconds, at least 0", field="grace_s"
@@ -111,10 +118,10 @@ class Settings:
         return Path(self.compile_cache) if self.compile_cache else self.data_dir / "compile-cache"
 
     def flags(self) -> list[str]:
-        """The command-line flags that make these settings, for a child process."""
-        default = Settings(service=self.service)
-        changed = [f for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return [f"--{f.name.replace('_', '-')}={getattr(self, f.name)}" for f in changed]
+        """The command-line flags that make these settings, for a child process: every one, since
+        the child has the same environment, which a flag that is left out would give way to."""
+        names = [item.name for item in fields(self) if item.name != "service"]
+        return [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in names]
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:

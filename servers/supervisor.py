@@ -297,8 +297,12 @@ class Supervisor:
         child.state = state
         now = self.state
         if now != self._written:
-            self._written = now
-            system_state.write(self._data_dir, now)
+            try:
+                system_state.write(self._data_dir, now)
+            except OSError as error:  # a full disk stops no service; the next change tries again
+                log.error("the state in %s cannot be written: %s", self._data_dir, error)
+            else:
+                self._written = now
             self._changed(now)
 
 

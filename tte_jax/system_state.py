@@ -92,10 +92,19 @@ def lock(data_dir: Path) -> Iterator[None]:
     """Held by the supervisor for its whole life; removes the state file at the end.
 
     Raises:
-      PreconditionError: a system runs with this data directory already.
+      PreconditionError: a system runs with this data directory already, or nothing can be written
+        there.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / "system.lock").open("a") as file:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        opened = (data_dir / "system.lock").open("a")
+    except OSError as error:
+        raise PreconditionError(
+            f"the data directory {data_dir} cannot be written: {error.strerror or error}. Give"
+            " another one with --data-dir",
+            reason="DATA_DIRECTORY",
+        ) from None
+    with opened as file:
         for attempt in range(3):  # a reader holds a shared lock for some microseconds
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,6 +25,7 @@ import tyro
 from tte_jax.cascade.messages import IngestOptions
 from tte_jax.cli import sources
 from tte_jax.cli.ingest import Run, metadata_rules
+from tte_jax.cli.manifests import MANIFEST_SUFFIXES
 from tte_jax.client import Client
 from tte_jax.errors import TteError
 
@@ -150,13 +151,20 @@ def _distinct(
     """The files with an id of their own; workers do not see each other's, so this is done here."""
     first: dict[str, Path] = {}
     taken: list[sources.BadSource] = []
+    manifests: list[tuple[Path, str]] = []
+    seen: set[Path] = set()
     for path, name in found:
-        if name in first:
+        if path.absolute() in seen:
+            continue  # named twice, such as a folder and a file in it
+        seen.add(path.absolute())
+        if path.suffix.lower() in MANIFEST_SUFFIXES:
+            manifests.append((path, name))  # its documents have ids of their own
+        elif name in first:
             why = f"the id {name!r} is already taken by {first[name]}; use another --id-prefix"
             taken.append(sources.BadSource(str(path), why))
         else:
             first[name] = path
-    return [(path, name) for name, path in first.items()], taken
+    return [*((path, name) for name, path in first.items()), *manifests], taken
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ def test_of_two_documents_with_one_id_the_later_stays():
     assert system.index.entries["a"].document.content.text == "newer"
 
 
+def test_a_flag_is_no_number():
+    """To Python they are equal, to a filter they are not."""
+    system = System()
+    given = [Document("a", Content.of("a"), {"public": 1, "n": 2})]
+    system.ingest(given)
+    assert outcome(system.ingest(given)) == {0: ("a", SKIPPED)}
+    changed = [Document("a", Content.of("a"), {"public": True, "n": 2})]
+    assert outcome(system.ingest(changed)) == {0: ("a", STORED)}
+    assert system.index.entries["a"].document.metadata["public"] is True
+    again = [Document("a", Content.of("a"), {"public": True, "n": 2.0})]
+    assert outcome(system.ingest(again)) == {0: ("a", SKIPPED)}
+
+
 def test_going_back_to_what_is_stored_within_one_stream_is_not_skipped():
     system = System()
     old, new = docs("a")[0], Document("a", Content.of("newer"))

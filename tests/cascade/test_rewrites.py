@@ -1,5 +1,7 @@
 """Rewriting the first candidates for a query, over fake stages."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.cascade.fakes import (
@@ -7,6 +9,7 @@ from tests.cascade.fakes import (
     ecr,
 )
 from tests.cascade.searching import BY_COSINE, RERANKED, REWRITTEN, System, degraded, ids
+from tte_jax.cascade import batches
 from tte_jax.content import Budget, Content, Reasoning, Side, Task
 from tte_jax.errors import (
     InvalidInputError,
@@ -42,6 +45,33 @@ def test_rewrites_of_the_top_replace_their_ecrs_in_the_rerank():
     assert [u.stage for u in last.usage] == [
         "reason", "embed", "index", "fetch", "rewrite", "rerank",
     ]  # fmt: skip
+
+
+def test_candidates_whose_media_fill_several_messages_are_rewritten_in_parts(monkeypatch):
+    """Each goes with a copy of the query; 4 + 2 bytes make six, and a message holds 14."""
+    monkeypatch.setattr(batches, "MAX_MESSAGE_BYTES", batches.ROOM + 14)
+    system = System()
+    for id in BY_COSINE:
+        entry = system.index.entries[id]
+        picture = Content.of("", id.ljust(4, "_").encode())
+        changed = replace(entry.document, content=picture)
+        system.index.entries[id] = replace(entry, document=changed)
+    system.reasoner.table["ask"] = ecr("think of", "aab")
+    query = Content.of("", b"ab")
+    system.reasoner.table["ab"] = ecr("think of", "aab")
+    refuse = InvalidInputError("too odd", field="inputs[1].content", reason="UNREADABLE")
+
+    def odd(item):
+        return refuse if item.query and item.content.media[0].data == b"bbbb" else None
+
+    system.reasoner.refuse = odd
+    *_, last = system.search(content=query, budget=Budget(rewrite_depth=5))
+    rewritten = {c.id for c in last.results if c.rewrite is not None}
+    # The one that is refused is the fourth: the second of the second message.
+    assert rewritten == set(BY_COSINE) - {"bbbb"}
+    assert ("rewrite", "UNREADABLE") in degraded(last)
+    parts = [u for u in last.usage if u.stage == "rewrite"]
+    assert len(parts) == 4, "one message, the refused one, and both again without it"
 
 
 def test_rewrites_without_a_rerank_end_the_search():

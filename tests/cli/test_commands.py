@@ -149,6 +149,10 @@ def test_get_shows_and_saves_a_document(colours: Tte, tmp_path: Path) -> None:
     assert made["metadata"]["name"] == "green" and made["reasoning"]["answer"] == "green"
     (path,) = map(Path, made["saved"])
     assert path.read_bytes() == png("green") and path.parent == out
+    refused = colours("get", "green.png", "--save", path)
+    assert refused.exit_code == 2 and "File exists; give a folder" in " ".join(
+        refused.stderr.split()
+    )
     assert "green.png" in colours("get", "green.png").stdout
 
 

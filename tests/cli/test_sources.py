@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tte_jax import limits
 from tte_jax.cli import files, sources
 from tte_jax.content import MediaKind
 from tte_jax.errors import InvalidInputError, NotFoundError
@@ -127,6 +129,11 @@ def test_a_manifest_names_texts_and_images_beside_itself(folder: Path) -> None:
         ('{"id": "x", "pdf": "two.pdf", "images": ["two.pdf"]}', "stands alone"),
         ('{"id": "x", "pdf": "empty.png"}', "empty"),
         ("[" * 100_000, "not JSON"),
+        (r'{"id": "x", "text": "half of an emoji \ud83d"}', "no Unicode text"),
+        (r'{"id": "\ud83d", "text": "x"}', "no Unicode text"),
+        ('{"id": "x", "text": "a", "metadata": {"n": 12345678901234567890}}', "metadata['n']"),
+        (r'{"id": "x", "image": "a\u0000.png"}', "no name that a file can have"),
+        ('{"id": "x", "images": ["half.tif", "half.tif"]}', "can be sent"),
     ],
 )
 def test_a_bad_line_is_told_with_its_number_and_the_rest_goes_on(
@@ -134,6 +141,8 @@ def test_a_bad_line_is_told_with_its_number_and_the_rest_goes_on(
 ) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "two.pdf").write_bytes(pdf("red", "blue"))
+    with (tmp_path / "half.tif").open("wb") as large:
+        large.truncate(limits.MAX_MESSAGE_BYTES // 2)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(line + '\n{"id": "ok", "text": "fine"}\n')
     bad, good = collect([manifest])
@@ -226,3 +235,13 @@ def test_a_manifest_is_read_line_by_line_however_large_it_is(tmp_path: Path, mon
     assert isinstance(items[25], sources.BadSource) and items[25].source.endswith(":26")
     assert "more than 60 bytes" in items[25].message
     assert len([i for i in items if isinstance(i, sources.Item)]) == 50
+
+
+def test_a_name_in_another_encoding_is_told_and_the_rest_goes_on(folder: Path) -> None:
+    """As old archives hold them: on Linux a name is bytes."""
+    named = os.fsencode(folder) + b"/caf\xe9.png"
+    Path(os.fsdecode(named)).write_bytes(png("white"))
+    items = collect([folder])
+    (bad,) = (item for item in items if isinstance(item, sources.BadSource))
+    assert "rename the file" in bad.message and len(items) == 4
+    assert bad.source.encode().endswith(b"caf\\udce9.png") and bad.message.encode()

@@ -431,3 +431,13 @@ def test_budgets_out_of_range_name_their_field(name: str, value: int) -> None:
     with pytest.raises(InvalidInputError) as caught:
         search.decode_query(request)
     assert caught.value.field == f"budget.{name}"
+
+
+def test_media_of_more_than_a_message_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_MESSAGE_BYTES", 10)
+    fits = codec.encode_content(Content((Media(b"12345"), Text("words beside"), Media(b"67890"))))
+    assert codec.decode_content(fits, "query").media[1].data == b"67890"
+    large = codec.encode_content(Content((Media(b"12345"), Media(b"678901"))))
+    with pytest.raises(InvalidInputError, match="the media of query have 11 bytes") as caught:
+        codec.decode_content(large, "query")
+    assert (caught.value.field, caught.value.reason) == ("query.parts", "CONTENT_TOO_LARGE")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servers import convert
+from servers.runtime import SERVER_OPTIONS
 from tte.v1 import content_pb2, embedder_pb2, index_pb2, reasoner_pb2, reranker_pb2
 from tte_jax import codec, limits
 from tte_jax.content import Content, Document, Reasoning, Side, Usage
@@ -139,9 +140,13 @@ def test_get_lists_unknown_ids_and_can_leave_media_out() -> None:
 
 def test_documents_too_large_for_a_message_are_refused_before_gRPC_does() -> None:
     large = Document("a", Content.of("", b"x" * (limits.MAX_MESSAGE_BYTES // 2)))
+    room = dict(SERVER_OPTIONS)["grpc.max_send_message_length"]
     with pytest.raises(InvalidInputError) as caught:
         convert.get_response(["a", "b"], [large, large], omit_media=False)
     assert caught.value.reason == "RESPONSE_TOO_LARGE"
+    # One that could be stored can be read, with what stands beside its media.
+    largest = Document("a", Content.of("cat", b"x" * limits.MAX_MESSAGE_BYTES), {"n": "1" * 999})
+    assert convert.get_response(["a"], [largest], omit_media=False).ByteSize() < room
     assert not convert.get_response(["a"], [large], omit_media=True).documents[0].content.parts
 
 

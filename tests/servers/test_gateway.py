@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servers import gateway
-from servers.gateway import BackendWatch
+from servers.gateway import BackendWatch, CurrentEmbedder
 from tests.cascade.fakes import ecr, run
 from tests.servers.fake_services import listening, stages
 from tests.servers.gateway_over_fakes import (
@@ -27,6 +28,7 @@ from tests.servers.gateway_over_fakes import (
 )
 from tte.v1 import retrieval_pb2, retrieval_pb2_grpc
 from tte_jax.cascade import (
+    Cascade,
     Include,
     SearchQuery,
     SearchStage,
@@ -38,6 +40,7 @@ from tte_jax.errors import (
     InvalidInputError,
     NotFoundError,
     OverloadedError,
+    PreconditionError,
     UnavailableError,
 )
 from tte_jax.filters import Range
@@ -289,6 +292,32 @@ def test_health_follows_embedder_and_index_only():
     assert run(main()) == [(4, False), (10, True), (14, False), (16, True)]
     gauges = {name: gauge() for name, gauge in watch.gauges().items()}
     assert gauges == {"reasoner_up": 0, "embedder_up": 1, "index_up": 1, "reranker_up": 0}
+
+
+def test_health_follows_the_embedder_that_the_corpus_has_changed_over_to():
+    old, following = Switch(), Switch()
+    nobody: Any = None
+    cascade = Cascade(nobody, cast(Any, old), nobody, nobody, next_embedder=cast(Any, following))
+    watch = BackendWatch({"embedder": CurrentEmbedder(cascade), "index": Switch()}, poll_s=2.0)
+    said = []
+
+    async def set_serving(serving):
+        said.append(serving)
+
+    async def main():
+        await watch.until_ready()
+        running = asyncio.create_task(watch.run(set_serving))
+        changed = PreconditionError("other vectors", reason="EMBEDDER_MISMATCH", expected="new")
+        assert cascade.change_over(changed)
+        old.on = False  # it may be stopped now
+        await asyncio.sleep(10)
+        assert said == []
+        following.on = False
+        await asyncio.sleep(10)
+        assert said == [False]
+        running.cancel()
+
+    run(main())
 
 
 def test_a_stage_that_answers_slowly_is_not_down():

@@ -1,5 +1,6 @@
-"""Clients that ping through a long call keep their connection: a server's limit on pings, which
-gRPC sets to one in five minutes, would send them away with GOAWAY `too_many_pings`."""
+"""Long calls keep their connection. A server's limit on pings, which gRPC sets to one in five
+minutes, would send clients that ping away with GOAWAY `too_many_pings`; a connection that has come
+of age takes no new calls and lets the old ones end."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ PING_MS, CALL_S = 30_000 // FASTER, 150 / FASTER
 GRPCS_OWN_MS = 300_000
 
 
-async def through_a_long_call(limit_ms: int, call_s: float = CALL_S) -> grpc.StatusCode:
-    """How the call ends with a server that allows a ping every `limit_ms`, sped up too."""
+async def through_a_long_call(
+    changed: dict[str, int], call_s: float = CALL_S
+) -> tuple[grpc.StatusCode, str]:
+    """How the call ends, and what is said of it, with a server of which some options differ."""
     servicer, stop = echo.Echo(), asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    others = [(name, value) for name, value in runtime.SERVER_OPTIONS if name != LIMIT]
+    options = dict(runtime.SERVER_OPTIONS) | changed
     patch = pytest.MonkeyPatch()
-    patch.setattr(runtime, "SERVER_OPTIONS", (*others, (LIMIT, limit_ms // FASTER)))
+    patch.setattr(runtime, "SERVER_OPTIONS", tuple(options.items()))
     task = asyncio.create_task(
         runtime.serve(
             Settings(service="embedder", port=0, grace_s=1.0),
@@ -52,8 +55,8 @@ async def through_a_long_call(limit_ms: int, call_s: float = CALL_S) -> grpc.Sta
             try:
                 await stub.Embed(echo.request(how=str(round(1000 * call_s))))
             except grpc.aio.AioRpcError as error:
-                return error.code()
-            return grpc.StatusCode.OK
+                return error.code(), error.details() or ""
+            return grpc.StatusCode.OK, ""
     finally:
         servicer.hold.set()
         stop.set()
@@ -62,10 +65,24 @@ async def through_a_long_call(limit_ms: int, call_s: float = CALL_S) -> grpc.Sta
 
 async def test_pings_through_a_long_call_do_not_end_it() -> None:
     ours = dict(runtime.SERVER_OPTIONS)[LIMIT]
-    assert await through_a_long_call(ours) is grpc.StatusCode.OK
+    assert (await through_a_long_call({LIMIT: ours // FASTER}))[0] is grpc.StatusCode.OK
 
 
 async def test_with_grpcs_own_limit_they_would() -> None:
     # The third ping too many is the end; a client that lacks its processor takes longer to send it.
-    end = await through_a_long_call(GRPCS_OWN_MS, call_s=10 * CALL_S)
+    end, _ = await through_a_long_call({LIMIT: GRPCS_OWN_MS // FASTER}, call_s=10 * CALL_S)
     assert end is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_call_may_outlive_the_age_of_its_connection() -> None:
+    """An ingest of hours, on a connection that takes no new calls after five minutes; a thousand
+    times as fast."""
+    aged = {
+        name: value // 1000
+        for name, value in runtime.SERVER_OPTIONS
+        if name.startswith("grpc.max_connection_age")
+    }
+    assert 0 < aged["grpc.max_connection_age_ms"] < 1000
+    assert await through_a_long_call(aged, call_s=1.5) == (grpc.StatusCode.OK, "")
+    cut = await through_a_long_call({**aged, "grpc.max_connection_age_grace_ms": 30}, call_s=1.5)
+    assert cut == (grpc.StatusCode.UNAVAILABLE, "max connection age")

@@ -26,6 +26,10 @@ def test_each_service_has_its_usual_port(service: str) -> None:
 def test_flags_make_the_same_settings_again() -> None:
     settings = parse(["embedder", "--port=0", "--dtype=bfloat16", "--data-dir=/x y"], {})
     assert parse(["embedder", *settings.flags()], {}) == settings
+    # In whatever environment, where a flag has its default, too.
+    told = {"TTE_PORT": "7000", "TTE_DTYPE": "bfloat16", "TTE_MESH": "tp=2", "TTE_HOST": "::"}
+    settings = parse(["gateway", "--port=50060", "--dtype=float32"], {})
+    assert parse(["gateway", *settings.flags()], told) == settings
 
 
 def test_the_gateway_finds_stages_at_their_usual_ports_or_where_it_is_told() -> None:
@@ -42,9 +46,14 @@ def test_the_gateway_finds_stages_at_their_usual_ports_or_where_it_is_told() -> 
         (["index", "--port=70000"], {}, "port"),
         (["index", "--max-in-flight=0"], {}, "max_in_flight"),
         (["index", "--tls-cert=a"], {}, "tls_cert"),
+        (["index"], {"TTE_LOG_LEVEL": "loud"}, "log_level"),
     ],
 )
 def test_wrong_values_are_named(arguments, environment, field) -> None:
     with pytest.raises(InvalidInputError) as caught:
         parse(arguments, environment)
     assert caught.value.field == field
+
+
+def test_a_log_level_is_read_in_any_case() -> None:
+    assert parse(["index"], {"TTE_LOG_LEVEL": "debug"}).log_level == "DEBUG"

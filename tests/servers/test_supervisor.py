@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import socket
@@ -18,12 +20,12 @@ import pytest
 
 from servers import runtime
 from servers.settings import SERVICES, parse
-from servers.supervisor import Child, Spec, system_specs
+from servers.supervisor import Child, Spec, Supervisor, system_specs
 from servers.supervisor import ready as all_ready
 from tests.servers import echo
 from tte.v1 import embedder_pb2_grpc
 from tte_jax import system_state
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.system_state import SystemState
 
 T = TypeVar("T")
@@ -104,6 +106,34 @@ def test_life_of_a_system(tmp_path: Path) -> None:
         assert not any(alive(pid) for pid in pids)
         assert system_state.read(tmp_path) is None and not (tmp_path / "system.json").exists()
         assert "drains" in Path(second.log).read_text()
+
+
+def test_a_data_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PreconditionError, match="file/data cannot be written: Not a directory"):
+        with system_state.lock(tmp_path / "file" / "data"):
+            pass
+
+
+def test_a_full_disk_stops_no_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[SystemState] = []
+    specs = [Spec("gateway", (), "127.0.0.1:1", 0)]
+    supervisor = Supervisor(specs, data_dir=tmp_path, changed=seen.append)
+    (child,) = supervisor._children
+    write = system_state.write
+
+    def full(data_dir: Path, state: SystemState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(system_state, "write", full)
+    supervisor._set(child, "unhealthy")
+    assert [s.services[0].state for s in seen] == ["unhealthy"] and "No space left" in caplog.text
+    # The same state is written as soon as that works.
+    monkeypatch.setattr(system_state, "write", write)
+    supervisor._set(child, "unhealthy")
+    assert json.loads((tmp_path / "system.json").read_text())["services"][0]["state"] == "unhealthy"
 
 
 def test_a_gateway_counts_when_it_served_after_its_stages_came_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ budget above a model's own largest, `ModelInfo.max_new_tokens`, is spent only up
   - a message: 32 MB (33,554,432 bytes), both ways
   - a batch: 64 items
   - a text part: 8,192 characters; an instruction: 2,048
-  - an image: 50 megapixels, PNG, JPEG or WebP
+  - an image: 50 megapixels, PNG, JPEG, WebP, GIF (its first frame), BMP or TIFF
   - a content: 16 parts
   - a document id: 256 characters
 """
@@ -165,8 +165,8 @@ class Image(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The file's bytes: PNG, JPEG or WebP, at most 50 megapixels after decoding. Servers never fetch
-    URLs. The format is recognised from the bytes.
+    """The file's bytes: PNG, JPEG, WebP, GIF (its first frame), BMP or TIFF, at most 50 megapixels
+    after decoding. Servers never fetch URLs. The format is recognised from the bytes.
     """
     def __init__(
         self,

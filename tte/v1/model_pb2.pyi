@@ -51,7 +51,9 @@ class ModelInfo(_message.Message):
     max_sequence_tokens: _builtins.int
     """Longest sequence in tokens, vision tokens included. Longer input is INVALID_ARGUMENT."""
     accepts_media: _builtins.bool
-    """Whether images are accepted; else they are UNIMPLEMENTED. Videos and pages are not read yet."""
+    """Whether images are accepted; else they are UNIMPLEMENTED. What of videos and pages a model
+    reads follows from its architecture and its processor.
+    """
     dimension: _builtins.int
     """Embedding dimension; 0 for models that do not embed."""
     compile_count: _builtins.int

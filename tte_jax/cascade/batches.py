@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from tte_jax.cascade.messages import IngestInput, IngestOptions, Rejected
 from tte_jax.content import Content, Document, Media
 from tte_jax.errors import InvalidInputError, TteError
+from tte_jax.limits import MAX_MESSAGE_BYTES
+from tte_jax.stages import ReasonItem
 
 
 @dataclass
@@ -98,3 +100,23 @@ def _work(position: int, document: IngestInput) -> Work:
 
 def _weight(content: Content) -> int:
     return sum(len(p.data) if isinstance(p, Media) else len(p.text) for p in content.parts)
+
+
+ROOM = 2**20
+"""Bytes of a message that are left to what is no media."""
+
+
+def messages(items: Sequence[ReasonItem]) -> Iterator[list[ReasonItem]]:
+    """The items in order, cut so that the media of each part fit one message."""
+    part: list[ReasonItem] = []
+    size = 0
+    for item in items:
+        media = [*item.content.media, *(item.query.media if item.query else ())]
+        own = sum(len(one.data) for one in media)
+        if part and size + own > MAX_MESSAGE_BYTES - ROOM:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += own
+    if part:
+        yield part

@@ -183,14 +183,16 @@ class Ingest:
         if not stored:
             return batch
         reasoner, embedder = await self._current_versions()
-        same = [
-            work
-            for work in batch
-            if stored.get(work.id)
-            == StoredVersions(
-                work.document.content.content_hash, reasoner, embedder, work.document.metadata
+
+        def unchanged(work: Work) -> bool:
+            document, found = work.document, stored.get(work.id)
+            made = StoredVersions(
+                document.content.content_hash, reasoner, embedder, document.metadata
             )
-        ]
+            # A flag equals a number in Python, and in no filter.
+            return found is not None and found == made and _flags(found) == _flags(made)
+
+        same = [work for work in batch if unchanged(work)]
         if not same:
             return batch
         await self.settled.put([ItemResult(w.position, w.id, ItemState.SKIPPED) for w in same])
@@ -415,3 +417,7 @@ class Ingest:
 
 def _failed(work: Work, error: TteError) -> ItemResult:
     return ItemResult(work.position, work.id, ItemState.FAILED, error)
+
+
+def _flags(versions: StoredVersions) -> set[str]:
+    return {key for key, value in (versions.metadata or {}).items() if isinstance(value, bool)}

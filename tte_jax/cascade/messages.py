@@ -97,7 +97,8 @@ class SearchUpdate:
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """How documents are ingested.
+    """How documents are ingested. Of a client's, the first three reach the gateway; the others are
+    for a cascade in this process, and the gateway has its own.
 
     Attributes:
       reasoning_tokens: new tokens for each document's ECR; 0 = embed without reasoning.

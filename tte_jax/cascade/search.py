@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from tte_jax.cascade import degradation
+from tte_jax.cascade.batches import messages
 from tte_jax.cascade.calls import bounded, now, relocated
 from tte_jax.cascade.messages import (
     Degraded,
@@ -252,14 +253,22 @@ class Search:
                 )
                 for candidate in some
             ]
-            return await self._call(
-                "rewrite",
-                lambda: cascade.reasoner.reason(
-                    items, max_tokens=budget.rewrite_tokens, timeout_s=time
-                ),
-                time,
-                units=len(items),
-            )
+            answers: list[Reasoning] = []
+            for part in messages(items):
+                left = until - now() if answers else time
+                try:
+                    answers += await self._call(
+                        "rewrite",
+                        lambda part=part, left=left: cascade.reasoner.reason(
+                            part, max_tokens=budget.rewrite_tokens, timeout_s=left
+                        ),
+                        left,
+                        units=len(part),
+                    )
+                except InvalidInputError as error:
+                    error.field = _shifted(error.field, len(answers))
+                    raise
+            return answers
 
         done = await self._sparing("rewrite", wanted[:depth], lambda: until - now(), call)
         if done is None:
@@ -427,6 +436,14 @@ def _refused(error: TteError) -> int | None:
     """Which candidate the reasoner or the reranker does not take; `None` for any other error."""
     found = _CANDIDATE.match(error.field) if isinstance(error, InvalidInputError) else None
     return int(found[1]) if found else None
+
+
+def _shifted(field: str, by: int) -> str:
+    """The path of a candidate in the whole list, of one in a part that begins at `by`."""
+    found = _CANDIDATE.match(field)
+    if found is None:
+        return field
+    return f"{field[: found.start(1)]}{int(found[1]) + by}{field[found.end(1) :]}"
 
 
 def _candidate(hit: Hit) -> Candidate:

@@ -12,9 +12,28 @@ from rich.table import Table
 from tte_jax.cli import exits, options, views
 from tte_jax.cli.connection import connect
 from tte_jax.cli.output import Output
-from tte_jax.content import Document
+from tte_jax.content import Document, MediaKind
+from tte_jax.errors import InvalidInputError
 
-_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"%PDF": ".pdf"}
+# By the kind of media, since AVI and WebP begin alike: (where, what stands there, suffix).
+_MAGIC = {
+    MediaKind.IMAGE: (
+        (0, b"\x89PNG", ".png"),
+        (0, b"\xff\xd8\xff", ".jpg"),
+        (8, b"WEBP", ".webp"),
+        (0, b"GIF8", ".gif"),
+        (0, b"BM", ".bmp"),
+        (0, b"II*\x00", ".tif"),
+        (0, b"MM\x00*", ".tif"),
+    ),
+    MediaKind.VIDEO: (
+        (4, b"ftypqt", ".mov"),
+        (4, b"ftyp", ".mp4"),
+        (0, b"\x1aE\xdf\xa3", ".mkv"),
+        (8, b"AVI ", ".avi"),
+    ),
+    MediaKind.PAGE: ((0, b"%PDF", ".pdf"),),
+}
 
 
 def get(
@@ -78,12 +97,23 @@ def delete(
 
 
 def _save(document: Document, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _written(document, folder)
+    except OSError as error:
+        raise InvalidInputError(
+            f"--save {folder}: {error.strerror or error}; give a folder that can be written to.",
+            field="--save",
+        ) from None
+
+
+def _written(document: Document, folder: Path) -> list[Path]:
     # An id may hold anything, path separators included.
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in document.id).strip(".") or "_"
     saved: list[Path] = []
     for number, media in enumerate(document.content.media):
-        suffix = next((s for magic, s in _SUFFIXES.items() if media.data.startswith(magic)), ".bin")
+        known = _MAGIC[media.kind]
+        suffix = next((s for at, magic, s in known if media.data.startswith(magic, at)), ".bin")
         path = folder / f"{stem}{f'-{number}' if number else ''}{suffix}"
         path.write_bytes(media.data)
         saved.append(path)

@@ -44,6 +44,10 @@ def read_file(path: Path, *, limit: int = MAX_FILE_BYTES) -> bytes:
         raise InvalidInputError(
             f"{path} cannot be read: {error.strerror or error}.", reason="UNREADABLE_FILE"
         ) from error
+    except ValueError:  # a null byte
+        raise InvalidInputError(
+            f"{str(path)!a} is no name that a file can have.", reason="UNREADABLE_FILE"
+        ) from None
 
 
 def read_image(path: Path) -> bytes:

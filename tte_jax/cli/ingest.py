@@ -76,12 +76,19 @@ def metadata_rules(given: list[str]) -> sources.MetadataRules:
     shared: dict[str, Any] = {}
     by_file: dict[str, Metadata] = {}
     for value in given:
-        if "=" in value and not Path(value).is_file():
+        if "=" in value and not _is_file(value):
             key, typed = parse_pair(value, flag="--metadata")
             shared[key] = typed
         else:
             by_file.update(sources.read_metadata_file(Path(value)))
     return sources.MetadataRules(shared, by_file)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        return False
 
 
 class Run:

@@ -22,8 +22,9 @@ from tte_jax.sharding import parse_mesh
 from tte_jax.weights.hf import QUANTISATIONS
 
 POLL_S = 0.25
-# Two waves of services drain one after the other, each in its grace.
-STOP_S = 100.0
+# The services' two waves drain one after the other; the supervisor ends what takes longer than its
+# grace and this.
+WAVES, SPARE_S = 2, 20.0
 # What the services' processes end with, see `servers.runtime`.
 PORT_IN_USE = 98
 # What the supervisor writes before the reason, as its last words.
@@ -71,8 +72,16 @@ def services(
             "give another --data-dir.",
             reason="ALREADY_RUNNING",
         )
-    data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "services.log"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    except OSError as error:
+        raise InvalidInputError(
+            f"--data-dir {data_dir}: {error.strerror or error}; give a folder that can be written"
+            " to.",
+            field="--data-dir",
+        ) from None
     command = [sys.executable, "-m", "servers", "all", f"--data-dir={data_dir}", *flags]
     # A group of its own: Ctrl-C reaches this process alone, which then stops the services in order.
     with log.open("wb") as file:
@@ -96,11 +105,18 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(STOP_S)
+            process.wait(_longest_stop())
         except subprocess.TimeoutExpired:
             # The services end with the supervisor, whichever way that ends.
             process.kill()
             process.wait()
+
+
+def _longest_stop() -> float:
+    """Seconds, by the variables that the services read, too."""
+    grace = float(os.environ.get("TTE_GRACE_S") or 30.0)
+    delay = float(os.environ.get("TTE_DRAIN_DELAY_S") or 0.0)
+    return WAVES * (grace + delay + SPARE_S)
 
 
 def model_versions(started: Started) -> dict[str, str]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tte_jax import limits
 from tte_jax.cli import files, manifests
+from tte_jax.codec.search import encode_ingest_document
 from tte_jax.content import Content, Document, Metadata, MetadataValue, Text
 from tte_jax.errors import InvalidInputError, NotFoundError
 
@@ -106,7 +108,7 @@ def read(
                 content = Content.of("", files.read_file(path))
                 yield Item(str(path), Document(prefix + name, content, rules.of(name)))
         except (NotFoundError, InvalidInputError) as error:
-            yield BadSource(str(path), error.message)
+            yield BadSource(_printable(str(path)), _printable(error.message))
 
 
 def _of_manifest(path: Path, rules: MetadataRules, prefix: str) -> Iterator[Item | BadSource]:
@@ -139,7 +141,8 @@ def _of_pdf(
 
 def without_duplicates(items: Iterable[Item | BadSource]) -> Iterator[Item | BadSource | None]:
     """Passes on what is new; None stands for a copy of an earlier document (same content and
-    metadata), a `BadSource` for another document under an id that was used already."""
+    metadata), a `BadSource` for another document under an id that was used already, and for one
+    that no message can carry."""
     contents: set[bytes] = set()
     ids: dict[str, str] = {}
     for item in items:
@@ -147,6 +150,9 @@ def without_duplicates(items: Iterable[Item | BadSource]) -> Iterator[Item | Bad
             yield item
             continue
         document = item.document
+        if bad := _unsendable(item):
+            yield bad
+            continue
         labels = json.dumps(dict(document.metadata), sort_keys=True)
         key = hashlib.sha256(f"{document.content.content_hash}{labels}".encode()).digest()[:16]
         if key in contents:
@@ -161,6 +167,30 @@ def without_duplicates(items: Iterable[Item | BadSource]) -> Iterator[Item | Bad
             contents.add(key)
             ids[document.id] = item.source
             yield item
+
+
+def _unsendable(item: Item) -> BadSource | None:
+    """Why a document would end the whole stream: its texts are no Unicode (a file's name in another
+    encoding, half of an emoji), its metadata no values, or it is too large."""
+    try:
+        size = encode_ingest_document(item.document).ByteSize()
+    except UnicodeEncodeError as error:
+        return BadSource(
+            _printable(item.source),
+            f"{error.object[:80]!a} is no Unicode text: rename the file, or correct the line",
+        )
+    except (InvalidInputError, ValueError) as error:
+        return BadSource(_printable(item.source), getattr(error, "message", str(error)))
+    if size > limits.MAX_MESSAGE_BYTES:
+        return BadSource(
+            item.source,
+            f"the document has {size:,} bytes; at most {limits.MAX_MESSAGE_BYTES:,} can be sent",
+        )
+    return None
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_metadata_file(path: Path) -> dict[str, Metadata]:

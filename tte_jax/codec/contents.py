@@ -21,7 +21,8 @@ def decode_content(message: content_pb2.Content, at: str, *, allow_empty: bool =
         out).
 
     Raises:
-      InvalidInputError: nothing in it, too many parts, an unset part, empty media, long text.
+      InvalidInputError: nothing in it, too many parts, an unset part, empty media, media of more
+        bytes than a message holds, long text.
     """
     if len(message.parts) > limits.MAX_PARTS:
         raise InvalidInputError(
@@ -31,6 +32,14 @@ def decode_content(message: content_pb2.Content, at: str, *, allow_empty: bool =
         )
     parts = tuple(_decode_part(p, f"{at}.parts[{i}]") for i, p in enumerate(message.parts))
     content = Content(parts)
+    size = sum(len(media.data) for media in content.media)
+    if size > limits.MAX_MESSAGE_BYTES:
+        raise InvalidInputError(
+            f"the media of {at} have {size} bytes: a message holds {limits.MAX_MESSAGE_BYTES}",
+            field=f"{at}.parts",
+            reason="CONTENT_TOO_LARGE",
+            limit=limits.MAX_MESSAGE_BYTES,
+        )
     if content.empty and not allow_empty:
         raise InvalidInputError(
             f"{at} is empty: give at least one image, video, page or text that is not blank",
