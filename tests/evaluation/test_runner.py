@@ -13,7 +13,13 @@ import pytest
 from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker, ecr, text_of
 from tests.evaluation import layouts
 from tte_jax.content import Content, Media, Text
-from tte_jax.errors import InvalidInputError, UnavailableError
+from tte_jax.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidInputError,
+    OverloadedError,
+    UnavailableError,
+)
 from tte_jax.evaluation import outputs
 from tte_jax.evaluation.arms import Arm, Ecr, grid
 from tte_jax.evaluation.metrics import Mode
@@ -149,6 +155,41 @@ def test_a_stage_that_is_away_ends_the_run() -> None:
         run(task({"a": "a"}, []), [NO_ECR], made)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (UnavailableError("away", reason="UNREACHABLE"), UnavailableError),
+        (OverloadedError("full"), UnavailableError),
+        (DeadlineExceededError("late"), UnavailableError),
+        (InternalError("not a number", reason="NAN"), InternalError),
+        (ValueError("a defect"), InternalError),
+    ],
+)
+@pytest.mark.parametrize("stage", ["reasoner", "reranker"])
+def test_a_stage_that_an_arm_is_about_fails_and_the_run_ends(
+    stage: str, error: Exception, raised: type[Exception]
+) -> None:
+    kind = {"reasoner": FakeReasoner, "reranker": FakeReranker}[stage]
+    made = stages(**{stage: kind(broken=error)})
+    given = task({"q": "a", "r": "b"}, ["a", "b"], ecr_target=False)
+    with pytest.raises(raised, match=f"toy, full8-ecrr2, query .: The {stage} .* Run it again"):
+        run(given, [Arm(Ecr.FULL, 8, depth=2)], made)
+
+
+def test_what_a_model_refuses_of_the_data_stays_a_result() -> None:
+    def refuse(candidates: Any) -> None:
+        if "b" in " ".join(candidates):
+            at = next(i for i, text in enumerate(candidates) if "b" in text)
+            raise InvalidInputError("too long", field=f"candidates[{at}]", reason="TOO_LONG")
+
+    reranker = FakeReranker()
+    reranker.refuse = refuse
+    (result,) = run(task({"a": "a"}, ["a", "b"]), [Arm(Ecr.NONE, 0, depth=2)],
+                    stages(reranker=reranker))  # fmt: skip
+    about = outputs.info(result, mode=Mode.EXACT, settings={})
+    assert about["score"] == 1.0 and about["degraded"] == {"rerank: TOO_LONG": 1}
+
+
 def test_recorded_ecrs_take_the_reasoners_place(tmp_path: Path) -> None:
     path = tmp_path / "ecrs.jsonl"
     rows = [
@@ -197,6 +238,24 @@ def test_grid() -> None:
     ]
     with pytest.raises(InvalidInputError, match="'half' is not one of none, full"):
         grid(["half"], ["off"], budgets=[1], depths=[1], rewrites=1, rewrite_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--depths", {"depths": [10, 257]}),
+        ("--budgets", {"budgets": [4097]}),
+        ("--qar-depth", {"rewrites": 51}),
+        ("--qar-tokens", {"rewrite_tokens": 4097}),
+        ("--qar-depth", {"rewrites": 0}),
+    ],
+)
+def test_a_grid_beyond_what_a_search_may_ask_for_is_refused(
+    flag: str, given: dict[str, Any]
+) -> None:
+    good = {"budgets": [64], "depths": [10], "rewrites": 10, "rewrite_tokens": 64}
+    with pytest.raises(InvalidInputError, match=f"{flag} needs .* at most"):
+        grid(["full"], ["ecrr+qar"], **(good | given))
 
 
 # --- files ---

@@ -18,7 +18,13 @@ from tte_jax import limits
 from tte_jax.cascade import Caps, Cascade, IngestOptions, SearchQuery, SearchUpdate
 from tte_jax.cascade.messages import IngestInput, ItemState, Rejected
 from tte_jax.content import NO_REASONING, Candidate, Content, Document, Reasoning, Side, Usage
-from tte_jax.errors import InvalidInputError, TteError, UnsupportedError
+from tte_jax.errors import (
+    InternalError,
+    InvalidInputError,
+    TteError,
+    UnavailableError,
+    UnsupportedError,
+)
 from tte_jax.evaluation.arms import Arm, Ecr
 from tte_jax.evaluation.metrics import Ranked
 from tte_jax.evaluation.pool_index import PoolIndex
@@ -31,6 +37,13 @@ CALL_S = 1800.0
 CAPS = Caps(CALL_S, CALL_S, CALL_S, CALL_S, CALL_S, CALL_S)
 # What may be one query's fault; anything else ends the run, which can go on later.
 _QUERY_ERRORS = (InvalidInputError, UnsupportedError)
+# Why the cascade did without a stage that another time may be well; what else it names is of the
+# data, such as a query without text or candidates that a model refuses.
+_AWAY = frozenset(
+    {"UNAVAILABLE", "UNREACHABLE", "CANCELLED", "WARMING_UP", "DRAINING", "OVERLOADED"}
+    | {"DEADLINE_EXCEEDED", "DEADLINE_NEAR"}
+)
+_BROKEN = frozenset({"INTERNAL", "NAN", "NOT_FINITE"})
 KEPT = 5
 
 Progress = Callable[[str, int, int], None]
@@ -148,7 +161,7 @@ class TaskRunner:
         """The arms, one after the other.
 
         Raises:
-          TteError: a stage stays away, or no query at all could be answered.
+          TteError: a stage stays away or fails, or no query at all could be answered.
         """
         self.keep_media = any(arm.rewrites for arm in arms)
         for arm in arms:
@@ -262,7 +275,21 @@ class TaskRunner:
             seconds = time.monotonic() - began
         except _QUERY_ERRORS as error:
             return Answer(query, nothing, error=error.message)
+        self._complete(arm, query, updates[-1])
         return self._answer(query, content, updates, view.ranking, seconds)
+
+    def _complete(self, arm: Arm, query: Query, last: SearchUpdate) -> None:
+        """Raises UnavailableError or InternalError for a search without what the arm is about."""
+        for lack in last.degraded:
+            if lack.reason not in _AWAY | _BROKEN:
+                continue
+            kind = InternalError if lack.reason in _BROKEN else UnavailableError
+            hint = ", perhaps with a lower --concurrency" if lack.reason == "OVERLOADED" else ""
+            raise kind(
+                f"{self.task.name}, {arm.name}, query {query.id}: {lack.message} A ranking without "
+                f"that is no result of this arm; what is done is kept. Run it again{hint}.",
+                reason=lack.reason,
+            )
 
     def _answer(
         self,
