@@ -97,6 +97,13 @@ def test_run_resume_report_compare(
     assert about["settings"]["page_fix"] is True and about["arm"]["depth"] == 2
     assert about["tokens_per_query"] > 0 and "interval" in about
 
+    # A picture alone is no text that the reranker could read, and that shows.
+    said = "degraded (rerank: NO_QUERY_TEXT)"
+    assert f"; {said}: 3" in " ".join(ran.stderr.split())
+    shown = tte("eval", "report", out / "none-ecrr2")
+    assert "*" in shown.output and f"1 of 2 tasks: {said}: 3." in " ".join(shown.output.split())
+    assert "*" not in tte("eval", "report", out / "none").output
+
     calls = embedder.calls
     again = tte(*flags, *arms)
     assert again.exit_code == 0 and embedder.calls == calls

@@ -350,7 +350,7 @@ def show_runs(runs: list[reports.Run], out: Output) -> None:
     for name in names:
         found = [run.tasks.get(name) for run in runs]
         metric = next(task.metric for task in found if task is not None)
-        table.add_row(name, metric, *(f"{100 * t.score:.2f}" if t else "" for t in found))
+        table.add_row(name, metric, *(f"{100 * t.score:.2f}{t.mark}" if t else "" for t in found))
     table.add_section()
     benchmark = any(name in registry.BY_NAME for name in names)
     for mean in (*map(str, registry.Modality), reports.ALL) if benchmark else ():
@@ -361,6 +361,8 @@ def show_runs(runs: list[reports.Run], out: Output) -> None:
             cells.append(whole + ("" if value.value is not None else _part(value)))
         table.add_row(f"[bold]{mean}[/]", "mean", *cells)
     out.show(table)
+    for note in reports.footnotes(runs):
+        out.show(escape(note))
 
 
 def _part(mean: reports.Mean) -> str:

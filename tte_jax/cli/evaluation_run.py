@@ -119,11 +119,12 @@ async def run_task(
             folder = plan.out / result.arm.name
             about = outputs.write(folder, result, mode=plan.mode, settings=settings)
             interval = about["interval"]
+            lacks = "".join(f"; {what}: {n}" for what, n in outputs.lacks(about).items())
             out.note(
                 f"{task.name}, {result.arm.name}: {task.metric} {100 * about['score']:.2f} "
                 f"({100 * interval['low']:.1f} to {100 * interval['high']:.1f}), "
                 f"{about['tokens_per_query']:.1f} tokens and "
-                f"{about['seconds_per_query']['mean']:.3f} s a query"
+                f"{about['seconds_per_query']['mean']:.3f} s a query{lacks}"
             )
 
 

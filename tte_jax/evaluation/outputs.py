@@ -114,6 +114,19 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
     }
 
 
+def lacks(info: Mapping[str, Any]) -> dict[str, int]:
+    """What a score is without, by an info: what → how many. Empty where all is well or not known.
+
+    A search of which two stages lacked something counts for both.
+    """
+    found: dict[str, Any] = {"queries failed": info.get("queries_failed")}
+    for key, what in (("candidates_failed", "candidates failed"), ("degraded", "degraded")):
+        reasons = info.get(key)
+        if isinstance(reasons, Mapping):
+            found |= {f"{what} ({reason})": count for reason, count in reasons.items()}
+    return {what: count for what, count in found.items() if isinstance(count, int) and count > 0}
+
+
 def chance(result: ArmResult) -> float:
     """What candidates in a random order score in the task's metric, as a mean over its queries."""
     stored = result.pool + sum(result.failed.values())

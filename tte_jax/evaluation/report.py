@@ -24,6 +24,7 @@ from tte_jax.evaluation.significance import Difference, Interval, compare, inter
 
 _SCORE, _PRED, _INFO, _FAILURES = "_score.json", "_pred.jsonl", "_info.json", "_failures.jsonl"
 ALL = "All"
+MARK = "*"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class TaskScore:
     @property
     def failures(self) -> Path:
         return self.place.with_name(self.place.name + _FAILURES)
+
+    @property
+    def mark(self) -> str:
+        """Stands behind a score that lacks something; `footnotes` says what."""
+        return MARK if outputs.lacks(self.info) else ""
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,22 @@ def compare_runs(a: Run, b: Run, mode: Mode = Mode.EXACT) -> Comparison:
     )
 
 
+def footnotes(runs: Sequence[Run]) -> list[str]:
+    """What the marked scores of each run lack, summed over its tasks."""
+    notes: list[str] = []
+    for run in runs:
+        found: Counter[str] = Counter()
+        marked = 0
+        for task in run.tasks.values():
+            lacks = outputs.lacks(task.info)
+            found.update(lacks)
+            marked += bool(lacks)
+        if marked:
+            what = ", ".join(f"{name}: {count}" for name, count in found.items())
+            notes.append(f"{MARK} {run.name}, {marked} of {len(run.tasks)} tasks: {what}.")
+    return notes
+
+
 def _rankings(task: TaskScore) -> list[Ranked]:
     if not task.predictions.is_file():
         raise NotFoundError(
@@ -268,6 +290,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                         "metric_mode": task.info.get("metric_mode"),
                         "tokens_per_query": task.info.get("tokens_per_query"),
                         "seconds_per_query": task.info.get("seconds_per_query"),
+                        "lacks": outputs.lacks(task.info),
                     }
                     for name, task in run.tasks.items()
                 },
