@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker
 from tests.cli.conftest import Tte, document
 from tests.evaluation import layouts
-from tte_jax.cli import evaluation_run
+from tte_jax.cli import evaluation_run, inspection
 from tte_jax.cli.output import Output
 from tte_jax.evaluation.runner import Stages
 
@@ -211,7 +211,9 @@ def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:
     assert dropped.exit_code == 1 and "does not pass" in dropped.stderr
 
 
-def test_running_services_are_the_stages(running: Tte, data: Path, tmp_path: Path) -> None:
+def test_running_services_are_the_stages(
+    running: Tte, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     # Without an ECR these services' embedder knows nothing of pictures.
     arms = ("--ecr", "full", "--rerank", "off,ecrr+qar", "--depths", "3", "--both-sides")
@@ -221,5 +223,26 @@ def test_running_services_are_the_stages(running: Tte, data: Path, tmp_path: Pat
     about = json.loads((out / "full64-ecrr3-qar3x64/image/MSCOCO_t2i_info.json").read_text())
     # The services' models name colours, which is what this task asks.
     assert about["score"] == 1.0 and about["queries_failed"] == 0 and not about["degraded"]
-    assert about["settings"]["models"]["embedder"]["service"].startswith("127.0.0.1:")
+    # Not where they run: a restart changes addresses, and at one address another model may come up.
+    assert about["settings"]["models"] == {
+        role: {"version": f"{role}-1", "service": True}
+        for role in ("reasoner", "embedder", "reranker")
+    }
     assert {"reason", "embed", "rewrite", "rerank"} <= about["stages_per_query"].keys()
+
+    def changed(reasoner: str) -> Callable[..., list[inspection.Seen]]:
+        def look(where: Mapping[str, str], **_: object) -> list[inspection.Seen]:
+            found = {"reasoner": reasoner, "embedder": "embedder-1", "reranker": "reranker-1"}
+            return [
+                inspection.Seen(role, where[role], "SERVING", {"model_version": found[role]})
+                for role in where
+            ]
+
+        return look
+
+    monkeypatch.setattr(inspection, "look", changed("reasoner-2"))
+    other = running("eval", "mmeb-v2", *flags, *arms)
+    assert other.exit_code == 2 and "other settings (models)" in " ".join(other.stderr.split())
+    monkeypatch.setattr(inspection, "look", changed(""))
+    silent = running("eval", "mmeb-v2", *flags, *arms)
+    assert silent.exit_code == 4 and "which model it runs" in " ".join(silent.stderr.split())

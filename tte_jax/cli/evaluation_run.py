@@ -7,18 +7,24 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from tte_jax.cli import launch, state
+from tte_jax.cli import inspection, launch, state
 from tte_jax.cli.connection import addresses
 from tte_jax.cli.output import Output
 from tte_jax.cli.progress import bar
-from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError, UnsupportedError
+from tte_jax.errors import (
+    DataLossError,
+    InvalidInputError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
 from tte_jax.evaluation import outputs
 from tte_jax.evaluation.arms import Arm
 from tte_jax.evaluation.metrics import Mode
@@ -30,6 +36,8 @@ from tte_jax.evaluation.task import EvalTask
 
 # A task's own fault; the other tasks still run.
 _TASK_ERRORS = (InvalidInputError, DataLossError, NotFoundError, UnsupportedError)
+# How long a service may take to say what it runs.
+INFO_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -175,15 +183,14 @@ async def open_stages(plan: Plan, out: Output) -> AsyncIterator[Stages]:
         from tte_jax.client import RemoteEmbedder, RemoteReasoner, RemoteReranker
 
         where = addresses()
+        about = await asyncio.to_thread(versions, where)
         remote = (
             RemoteReasoner(where["reasoner"]),
             RemoteEmbedder(where["embedder"]),
             RemoteReranker(where["reranker"]),
         )
-        names = ("reasoner", "embedder", "reranker")
-        about: dict[str, Any] = {name: {"service": where[name]} for name in names}
         try:
-            reasoner = recorded or Cached(remote[0], cache, models=where["reasoner"])
+            reasoner = recorded or Cached(remote[0], cache, models=about["reasoner"]["version"])
             yield Stages(reasoner, remote[1], remote[2], about, recorded)
         finally:
             for stage in remote:
@@ -217,6 +224,22 @@ async def open_stages(plan: Plan, out: Output) -> AsyncIterator[Stages]:
         local = LocalReasoner(one)
         reasoner = recorded or Cached(local, cache, models=one.version)
         yield Stages(reasoner, LocalEmbedder(two), LocalReranker(three), about, recorded)
+
+
+def versions(where: Mapping[str, str]) -> dict[str, Any]:
+    """Role → what runs there: addresses change from start to start, and models do at one address.
+
+    Raises UnavailableError for a service that does not say what it runs.
+    """
+    roles = ("reasoner", "embedder", "reranker")
+    found = inspection.look({role: where[role] for role in roles}, timeout_s=INFO_S)
+    for seen in found:
+        if not seen.about.get("model_version"):
+            raise UnavailableError(
+                f"--services: the {seen.service} at {seen.address} ({seen.health}) does not say "
+                "which model it runs; expected all three to be up.",
+            )
+    return {s.service: {"version": s.about["model_version"], "service": True} for s in found}
 
 
 def parameters(directory: Path) -> int:
