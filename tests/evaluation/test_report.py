@@ -114,6 +114,25 @@ def test_comparison_is_paired(tmp_path: Path) -> None:
         compare_runs(a, short)
 
 
+def test_folders_of_moments_on_another_machine_are_our_ids(tmp_path: Path) -> None:
+    """As the reference writes them; ours, and all other data sets' ids, stay."""
+    theirs = {
+        "QVHighlight": ("/data/frames/v0/positive_0", "v0/positive_0"),
+        "MomentSeeker": ("/data/frames/video_frames/movie_red", "movie_red"),
+        "CIRR": ("images/dev/a.png:", "images/dev/a.png:"),
+    }
+    for folder, which in (("theirs", 0), ("ours", 1)):
+        write(tmp_path / folder, dict.fromkeys(theirs, 1.0))
+        for name, ids in theirs.items():
+            row = {"prediction": [ids[which]], "label": ids[which], "rel_scores": None}
+            (path,) = (tmp_path / folder).rglob(f"{name}_score.json")
+            path.with_name(f"{name}_pred.jsonl").write_text(json.dumps(row))
+            (found,) = outputs.read_predictions(path.with_name(f"{name}_pred.jsonl"), name)
+            assert found.prediction == found.label == (ids[1],)
+    a, b = find_runs([tmp_path / "theirs", tmp_path / "ours"])
+    assert {d.difference for d in compare_runs(a, b).tasks.values()} == {0.0}
+
+
 def test_bad_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="holds no result"):
         find_runs([tmp_path])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tte_jax.errors import (
     OverloadedError,
     UnavailableError,
 )
-from tte_jax.evaluation import outputs
+from tte_jax.evaluation import outputs, runner
 from tte_jax.evaluation.arms import Arm, Ecr, grid
-from tte_jax.evaluation.metrics import Mode
+from tte_jax.evaluation.metrics import Mode, Ranked
 from tte_jax.evaluation.mmeb_v2.load import load
 from tte_jax.evaluation.mmeb_v2.registry import BY_NAME, DATASETS
 from tte_jax.evaluation.reasoners import Cached, Recorded
@@ -58,8 +59,8 @@ def run(
     **kwargs: Any,
 ) -> list[ArmResult]:
     async def all() -> list[ArmResult]:
-        runner = TaskRunner(given, made or stages(), settings or Settings(), **kwargs)
-        return [result async for result in runner.run(arms)]
+        one = TaskRunner(given, made or stages(), settings or Settings(), **kwargs)
+        return [result async for result in one.run(arms)]
 
     return asyncio.run(all())
 
@@ -132,12 +133,43 @@ def test_rerank_and_rewrite_are_counted() -> None:
 def test_rankings_of_another_system_are_reranked() -> None:
     made = stages(reranker=FakeReranker({"c": 0.9, "b": 0.5, "a": 0.1}))
     given = task({"a": "c"}, ["a", "b", "c"])
-    rankings = [["b", "c", "a"]]
+    rankings = [Ranked(("b", "c", "a"), ("c",))]
     off, on = run(given, [NO_ECR, Arm(Ecr.NONE, 0, depth=2)], made, rankings=rankings)
     assert off.answers[0].ranked.prediction == ("b", "c", "a")
     assert on.answers[0].ranked.prediction == ("c", "b", "a")
     with pytest.raises(InvalidInputError, match="1 queries and the rankings given 0"):
         run(given, [NO_ECR], made, rankings=[])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(("a", "b"), ("a",))], "2 queries and the rankings given 1"),
+        ([(("a", "b"), ("a",))] * 3, "2 queries and the rankings given 3"),
+        ([(("a", "b"), ("a",))] * 2, "row 2 of the rankings: its label has 'a', .* is 'b'"),
+        (
+            [(("a", "b"), ("a",)), (("a", "/x/b"), ("b",))],
+            "row 2 of the rankings: it ranks 1 of the 2 candidates of query 1; the first that it "
+            "lacks is 'b', and its own ids are 'a', '/x/b'",
+        ),
+    ],
+)
+def test_rankings_that_are_not_the_tasks_are_refused(rows: Any, said: str) -> None:
+    rankings = [Ranked(*row) for row in rows]
+    local = tuple(Query(str(i), text(n), (n,), pool=("a", "b")) for i, n in enumerate("ab"))
+    for given in (
+        task({"a": "a", "b": "b"}, ["a", "b"]),
+        replace(task({}, ["a", "b"]), queries=local),
+    ):
+        with pytest.raises(InvalidInputError, match=f"toy.* {said}"):
+            run(given, [NO_ECR], rankings=rankings)
+
+
+def test_rankings_may_end_where_ours_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RANKED", 2)
+    given = task({"a": "c"}, ["a", "b", "c"])
+    (result,) = run(given, [NO_ECR], rankings=[Ranked(("b", "c"), ("c",))])
+    assert result.answers[0].ranked.prediction == ("b", "c", "a")
 
 
 def test_a_query_that_cannot_be_read_scores_nothing_and_is_counted() -> None:

@@ -114,7 +114,9 @@ async def run_task(
     """One task under its arms, with a progress bar each; results are written as they come."""
     rankings = None
     if plan.rankings is not None:
-        rankings = [r.prediction for r in outputs.read_predictions(_prediction_file(plan, task))]
+        rankings = outputs.read_predictions(_prediction_file(plan, task), task.name)
+        # As with the queries, the first so many count.
+        rankings = rankings[: plan.limit] if plan.limit else rankings
     with bars(task.name, out) as progress:
         runner = TaskRunner(
             task,

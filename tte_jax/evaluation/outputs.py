@@ -34,6 +34,7 @@ from tte_jax.evaluation.metrics import (
     score_table,
     trec,
 )
+from tte_jax.evaluation.mmeb_v2.registry import candidate_id
 from tte_jax.evaluation.pool_index import TIES
 from tte_jax.evaluation.runner import Answer, ArmResult
 from tte_jax.evaluation.significance import interval
@@ -236,8 +237,8 @@ def thumbnail(content: Content) -> str:
 # --- reading ---
 
 
-def read_predictions(path: Path) -> list[Ranked]:
-    """A `_pred.jsonl`, ours or anyone's; ids become texts.
+def read_predictions(path: Path, task: str = "") -> list[Ranked]:
+    """A `_pred.jsonl`, ours or anyone's; ids become texts, as the data set `task` has them here.
 
     Raises DataLossError for a line that is not what the reference writes.
     """
@@ -249,8 +250,8 @@ def read_predictions(path: Path) -> list[Ranked]:
             grades = row.get("rel_scores")
             ranked.append(
                 Ranked(
-                    tuple(map(str, row["prediction"])),
-                    tuple(map(str, label)),
+                    tuple(candidate_id(task, str(id)) for id in row["prediction"]),
+                    tuple(candidate_id(task, str(id)) for id in label),
                     None if grades is None else tuple(float(g) for g in grades),
                 )
             )

@@ -182,7 +182,7 @@ def recompute(run: Run, mode: Mode) -> Run:
     tasks: dict[str, TaskScore] = {}
     for name, task in run.tasks.items():
         if task.predictions.is_file():
-            ranked = outputs.read_predictions(task.predictions)
+            ranked = outputs.read_predictions(task.predictions, task.task)
             score = float(per_query(ranked, task.metric, mode).mean()) if ranked else task.score
             task = TaskScore(name, task.modality, task.metric, score, task.place, task.info)
         tasks[name] = task
@@ -193,7 +193,7 @@ def both_modes(task: TaskScore) -> tuple[float, float] | None:
     """(exact, compat) where a task's rankings are there and the two can differ."""
     if not task.predictions.is_file():
         return None
-    ranked = outputs.read_predictions(task.predictions)
+    ranked = outputs.read_predictions(task.predictions, task.task)
     if not ranked or not differs(ranked):
         return None
     exact, compat = (
@@ -272,7 +272,7 @@ def _rankings(task: TaskScore) -> list[Ranked]:
             f"There is no {task.predictions}; a comparison needs the rankings of both runs.",
             reason="FILE_NOT_FOUND",
         )
-    return outputs.read_predictions(task.predictions)
+    return outputs.read_predictions(task.predictions, task.task)
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ _AWAY = frozenset(
 )
 _BROKEN = frozenset({"INTERNAL", "NAN", "NOT_FINITE"})
 KEPT = 5
+RANKED = 1000
 
 Progress = Callable[[str, int, int], None]
 """(what, done, in all); 0 in all = not known."""
@@ -78,7 +79,7 @@ class Settings:
 
     concurrency: int = 8
     both_sides: bool = False
-    depth: int = 1000
+    depth: int = RANKED
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,14 @@ class TaskRunner:
         settings: Settings,
         *,
         progress: Progress = lambda what, done, total: None,
-        rankings: Sequence[Sequence[str]] | None = None,
+        rankings: Sequence[Ranked] | None = None,
     ) -> None:
-        if rankings is not None and len(rankings) < len(task.queries):
-            raise InvalidInputError(
-                f"{task.name} has {len(task.queries)} queries and the rankings given "
-                f"{len(rankings)}; expected a line for each query, in the order of the data set.",
-                field="--rankings",
-            )
+        """`rankings`: of another system, a query each; they take the first stage's place.
+
+        Raises InvalidInputError for rankings that are not of the task's queries.
+        """
+        if rankings is not None:
+            _check_rankings(task, rankings)
         self.task, self.stages, self.settings = task, stages, settings
         self.progress, self.rankings = progress, rankings
         self.keep_media = False
@@ -169,6 +170,8 @@ class TaskRunner:
 
     async def _arm(self, arm: Arm) -> ArmResult:
         pool = await self._pool(arm)
+        if self.rankings is not None:
+            _check_cover(self.task, self.rankings, pool.index.documents)
         done = 0
         gate = asyncio.Semaphore(self.settings.concurrency)
 
@@ -255,7 +258,7 @@ class TaskRunner:
 
     async def _search(self, arm: Arm, pool: _Pool, number: int, query: Query) -> Answer:
         nothing = Ranked((), query.label, query.rel_scores)
-        order = self.rankings[number] if self.rankings is not None else None
+        order = self.rankings[number].prediction if self.rankings is not None else None
         view = pool.index.view(query.pool, order)
         cascade = self._cascade(arm.ecr, view)
         try:
@@ -321,6 +324,47 @@ class TaskRunner:
         if ecr in (Ecr.THINK, Ecr.ANSWER):
             reasoner = Trimmed(reasoner, ecr)
         return Cascade(reasoner, self.stages.embedder, index, self.stages.reranker, caps=CAPS)
+
+
+def _check_rankings(task: EvalTask, rankings: Sequence[Ranked]) -> None:
+    """Whether they are of the task's queries, each with its own right answers."""
+    expected = "expected a line for each query, in the order of the data set"
+    if len(rankings) != len(task.queries):
+        raise InvalidInputError(
+            f"{task.name} has {len(task.queries)} queries and the rankings given {len(rankings)}; "
+            f"{expected}.",
+            field="--rankings",
+        )
+    for row, (query, ranked) in enumerate(zip(task.queries, rankings, strict=True), start=1):
+        if other := sorted(set(query.label) ^ set(ranked.label)):
+            side = "lacks" if other[0] in query.label else "has"
+            raise InvalidInputError(
+                f"{task.name}, row {row} of the rankings: its label {side} {other[0]!r}, and right "
+                f"for query {query.id} is {_shown(query.label)}; {expected}.",
+                field="--rankings",
+            )
+
+
+def _check_cover(
+    task: EvalTask, rankings: Sequence[Ranked], stored: Mapping[str, Document]
+) -> None:
+    """Whether they rank what the task's queries choose from: all of it, or as much as is kept."""
+    for row, (query, ranked) in enumerate(zip(task.queries, rankings, strict=True), start=1):
+        named = set(ranked.prediction)
+        pool = stored.keys() if query.pool is None else stored.keys() & set(query.pool)
+        lacking = sorted(pool - named)
+        if lacking and len(pool) - len(lacking) < RANKED:
+            raise InvalidInputError(
+                f"{task.name}, row {row} of the rankings: it ranks {len(pool) - len(lacking)} of "
+                f"the {len(pool)} candidates of query {query.id}; the first that it lacks is "
+                f"{lacking[0]!r}, and its own ids are {_shown(ranked.prediction)}. Expected every "
+                f"candidate, or at least the first {RANKED:,}, under the ids of the data set.",
+                field="--rankings",
+            )
+
+
+def _shown(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:3])) + (", …" if len(ids) > 3 else "") or "none"
 
 
 def _sum(total: Usage | None, more: Usage) -> Usage:
