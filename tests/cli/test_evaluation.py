@@ -131,6 +131,46 @@ def test_run_resume_report_compare(
     assert many.exit_code == 2 and "holds 4 runs" in many.stderr
 
 
+def test_what_the_flags_name_is_of_the_settings_by_content(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397", "--ecr", "none")
+    first = tmp_path / "first"
+    assert tte(*flags, "--out", first).exit_code == 0
+    said, ecrs = tmp_path / "said.json", tmp_path / "ecrs.jsonl"
+    said.write_text('{"MSVD": {"query": "Find it."}}')
+    ecrs.write_text('{"task": "SUN397", "side": "query", "id": "0", "ecr": "Answer: red"}')
+    rankings = first / "none/image"
+    pred = rankings / "SUN397_pred.jsonl"
+    for flag, given, file in (
+        ("--instructions", said, said),
+        ("--ecrs", ecrs, ecrs),
+        ("--rankings", rankings, pred),
+    ):
+        out = ("--out", tmp_path / flag, flag, given)
+        assert tte(*flags, *out).exit_code == 0
+        file.write_text(" " + file.read_text())
+        other = tte(*flags, *out)
+        assert other.exit_code == 2, flag
+        name = {"--rankings": "first_stage"}.get(flag, flag[2:])
+        assert f"other settings ({name})" in " ".join(other.stderr.split())
+    # Of rankings, only the task's own; of these, as many as of the queries.
+    limited = tte(*flags, "--out", tmp_path / "two", "--rankings", rankings, "--limit", "2")
+    assert limited.exit_code == 0, limited.output
+
+
+def test_a_run_of_which_nothing_came_says_why(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397", "--ecr", "none")
+    ran = tte(*flags, "--out", tmp_path / "none", "--rankings", tmp_path, "--json")
+    assert ran.exit_code == 1, ran.output
+    assert "no SUN397_pred.jsonl" in document(ran)["failed"]["SUN397"] and not document(ran)["runs"]
+    empty = tte(*flags, "--out", tmp_path / "none", "--shard", "2/2", "--json")
+    assert empty.exit_code == 0 and "Nothing in this shard" in empty.stderr
+    assert document(empty) == {"runs": [], "failed": {}, "left_out": []}
+
+
 def test_missing_tasks_are_left_out_only_when_asked(
     tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
 ) -> None:
@@ -182,6 +222,12 @@ def test_mini(tte: Tte, tmp_path: Path, embedder: FakeEmbedder) -> None:
     assert about["chance"] == pytest.approx(1 / 5) and about["frames"] == 8
     other = tte(*flags, "--queries", "4")
     assert other.exit_code == 2 and "with 3 queries" in " ".join(other.stderr.split())
+    again = tte(*chosen, "--ecr", "none")
+    assert again.exit_code == 0 and "mini-qa: done before" in again.stderr
+    # Other data may be made in another folder, and are no results of these.
+    data = ("--data", tmp_path / "more", "--tasks", "mini-t2i", "--queries", "4")
+    more = tte("eval", "mini", *data, "--out", tmp_path / "out", "--ecr", "none")
+    assert more.exit_code == 2 and "other settings (data)" in " ".join(more.stderr.split())
 
 
 def test_mini_list(tte: Tte) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,12 @@ from rich.table import Table
 
 from tte_jax.cli import evaluation_run, exits, options, state
 from tte_jax.cli.output import Output
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.evaluation import mini
 from tte_jax.evaluation import report as reports
 from tte_jax.evaluation.arms import grid
 from tte_jax.evaluation.metrics import Mode
+from tte_jax.evaluation.mini.workshop import sha256
 from tte_jax.evaluation.mmeb_v2 import registry
 from tte_jax.evaluation.mmeb_v2.files import MissingDataError
 from tte_jax.evaluation.mmeb_v2.load import read_instructions, what_is_missing
@@ -97,10 +99,10 @@ def mmeb_v2(
     tte eval mmeb-v2 --data DIR --tasks image/qa,MSVD --ecr none,full --rerank off,ecrr
     """
     out = Output(json=json)
-    infos = registry.select(_words(tasks))
+    chosen = registry.select(_words(tasks))
     if list_only:
-        out.show(_list(infos))
-        out.document(lambda: [registry.as_json(info) for info in infos])
+        out.show(_list(chosen))
+        out.document(lambda: [registry.as_json(info) for info in chosen])
         return
     if data is None or not data.is_dir():
         raise InvalidInputError(
@@ -116,7 +118,7 @@ def mmeb_v2(
         rewrites=qar_depth,
         rewrite_tokens=qar_tokens,
     )
-    infos = _shard(infos, shard)
+    infos = _shard(chosen, shard)
     lacking = what_is_missing(infos, data)
     if lacking and not skip_missing:
         raise MissingDataError(lacking)
@@ -135,17 +137,20 @@ def mmeb_v2(
         concurrency=concurrency,
         overwrite=overwrite,
         instructions=read_instructions(instructions) if instructions else {},
-        instructions_from=str(instructions) if instructions else "built-in wording",
+        instructions_from=f"sha256:{sha256(instructions)}" if instructions else "built-in wording",
         ecrs=ecrs,
         rankings=rankings,
         models=models,
         services=services,
     )
+    if not infos:
+        out.note(f"Nothing in this shard: --shard {shard} of {len(chosen)} tasks has none.")
+        out.document(lambda: {"runs": [], "failed": {}, "left_out": []})
+        return
     if not plan.infos:
         raise MissingDataError(lacking)
     failed = asyncio.run(evaluation_run.run(plan, out))
-    runs = reports.find_runs([out_dir])
-    show_runs(runs, out)
+    runs = _results(out_dir, failed, out)
     out.document(lambda: reports.as_json(runs) | {"failed": failed, "left_out": sorted(without)})
     if failed or without:
         raise typer.Exit(exits.FAILED)
@@ -237,10 +242,10 @@ def mini_mmeb(
         rankings=None,
         models=models,
         services=services,
+        made={task.name: mini.data_of(manifest, task.name) for task in chosen},
     )
     failed = asyncio.run(evaluation_run.run(plan, out))
-    runs = reports.find_runs([out_dir])
-    show_runs(runs, out)
+    runs = _results(out_dir, failed, out)
     out.document(lambda: reports.as_json(runs) | {"failed": failed})
     if failed:
         raise typer.Exit(exits.FAILED)
@@ -340,6 +345,18 @@ def compare(
         what = f"it lacks {', '.join(found.only_a)}" if found.only_a else "it is worse"
         out.err.print(f"[bold red]{escape(str(second))} does not pass:[/] {escape(what)}")
         raise typer.Exit(exits.FAILED)
+
+
+def _results(folder: Path, failed: Mapping[str, str], out: Output) -> list[reports.Run]:
+    """What is in a run's folder now, shown; nothing where every task failed."""
+    try:
+        runs = reports.find_runs([folder])
+    except NotFoundError:
+        if not failed:
+            raise
+        return []
+    show_runs(runs, out)
+    return runs
 
 
 def show_runs(runs: list[reports.Run], out: Output) -> None:
