@@ -198,6 +198,18 @@ def test_bad_input_is_named(flags: tuple[str, ...], named: str, tte: Tte, data: 
     assert named in " ".join(result.stderr.split())
 
 
+def test_recorded_ecrs_make_one_arm_and_no_rewrites(tte: Tte, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "ecrs.jsonl").touch()
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397")
+    flags += ("--ecrs", tmp_path / "ecrs.jsonl")
+    for more, named in (
+        (("--budgets", "32,64"), "several --budgets are the same arm"),
+        (("--rerank", "ecrr+qar"), "hold no rewrites"),
+    ):
+        result = tte(*flags, *more)
+        assert result.exit_code == 2 and named in " ".join(result.stderr.split())
+
+
 def test_no_data_folder(tte: Tte) -> None:
     result = tte("eval", "mmeb-v2")
     assert result.exit_code == 2 and "is no folder" in result.stderr

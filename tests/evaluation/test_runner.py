@@ -233,9 +233,44 @@ def test_recorded_ecrs_take_the_reasoners_place(tmp_path: Path) -> None:
     made = stages(reasoner=recorded, recorded=recorded)
     (result,) = run(task({"q": "zz"}, ["q", "zz"]), [Arm(Ecr.FULL, 8)], made)
     assert result.answers[0].ranked.prediction[0] == "zz"
+    about = outputs.info(result, mode=Mode.EXACT, settings={})
+    assert about["recorded_ecrs"] == {
+        "query": {"recorded": 1, "asked": 1},
+        "target": {"recorded": 1, "asked": 2},
+    }
+    (none,) = run(task({"q": "zz"}, ["q", "zz"]), [NO_ECR], made)
+    assert none.recorded == {}
     path.write_text('{"task": "toy"}\n')
     with pytest.raises(InvalidInputError, match="line 1: KeyError: 'side'"):
         Recorded(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"task": "Toy", "side": "query", "id": "0"}, "its query side: the file has nothing"),
+        ({"task": "toy", "side": "query", "id": "q0"}, "1 with other ids, such as 'q0'"),
+        ({"task": "toy", "side": "target", "id": "/x/zz"}, "its target side: .* such as '/x/zz'"),
+    ],
+)
+def test_recorded_ecrs_of_something_else_are_refused(
+    row: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ecrs.jsonl"
+    path.write_text(json.dumps(row | {"ecr": "Answer: abc"}))
+    recorded = Recorded(path)
+    made = stages(reasoner=recorded, recorded=recorded)
+    with pytest.raises(InvalidInputError, match=f"toy: no recorded ECR .* {said}"):
+        run(task({"q": "zz"}, ["q", "zz"]), [Arm(Ecr.FULL, 8)], made)
+    # A side of which nothing is recorded is left without, on purpose.
+    path.write_text(json.dumps({"task": "toy", "side": "query", "id": "0", "ecr": "Answer: z"}))
+    recorded = Recorded(path)
+    (result,) = run(
+        task({"q": "zz"}, ["q", "zz"]),
+        [Arm(Ecr.FULL, 8)],
+        stages(reasoner=recorded, recorded=recorded),
+    )
+    assert result.recorded == {"query": (1, 1), "target": (0, 2)}
 
 
 def test_cached_ecrs_outlive_the_run(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from tte_jax.cli.output import Output
 from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.evaluation import mini
 from tte_jax.evaluation import report as reports
-from tte_jax.evaluation.arms import grid
+from tte_jax.evaluation.arms import Arm, grid
 from tte_jax.evaluation.metrics import Mode
 from tte_jax.evaluation.mini.workshop import sha256
 from tte_jax.evaluation.mmeb_v2 import registry
@@ -118,6 +118,8 @@ def mmeb_v2(
         rewrites=qar_depth,
         rewrite_tokens=qar_tokens,
     )
+    if ecrs is not None:
+        _check_recorded(arms)
     infos = _shard(chosen, shard)
     lacking = what_is_missing(infos, data)
     if lacking and not skip_missing:
@@ -433,6 +435,20 @@ def _numbers(text: str, flag: str) -> list[int]:
             f"{flag} {text!r} is no list of whole numbers; expected such as 32,64.", field=flag
         )
     return [int(word) for word in words]
+
+
+def _check_recorded(arms: Sequence[Arm]) -> None:
+    """Raises InvalidInputError for arms that recorded ECRs do not tell apart, or cannot make."""
+    if len({arm.tokens for arm in arms if arm.tokens}) > 1:
+        raise InvalidInputError(
+            "--ecrs gives the ECRs as they are, so that several --budgets are the same arm; give "
+            "one.",
+            field="--budgets",
+        )
+    if any(arm.rewrites for arm in arms):
+        raise InvalidInputError(
+            "Recorded ECRs (--ecrs) hold no rewrites; use --rerank off or ecrr.", field="--rerank"
+        )
 
 
 def _shard(infos: list[registry.DatasetInfo], shard: str) -> list[registry.DatasetInfo]:

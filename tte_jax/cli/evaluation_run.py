@@ -152,6 +152,8 @@ async def run_task(
             about = outputs.write(folder, result, mode=plan.mode, settings=settings)
             interval = about["interval"]
             lacks = "".join(f"; {what}: {n}" for what, n in outputs.lacks(about).items())
+            for side, (recorded, asked) in result.recorded.items():
+                lacks += f"; ECRs recorded, {side}: {recorded} of {asked}"
             out.note(
                 f"{task.name}, {result.arm.name}: {task.metric} {100 * about['score']:.2f} "
                 f"({100 * interval['low']:.1f} to {100 * interval['high']:.1f}), "

@@ -100,6 +100,10 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
         "candidates_failed": dict(result.failed),
         "queries_failed": len(errors),
         "first_errors": errors[:3],
+        "recorded_ecrs": {
+            side: {"recorded": recorded, "asked": asked}
+            for side, (recorded, asked) in result.recorded.items()
+        },
         "degraded": dict(Counter(d for a in result.answers for d in a.degraded)),
         "tokens_per_query": tokens,
         "stages_per_query": stages,

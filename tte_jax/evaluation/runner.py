@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -113,6 +113,8 @@ class ArmResult:
     Attributes:
       pool: how many candidates were stored; `failed`: those that could not be, by reason.
       ingest: what storing them spent; of an arm whose candidates an earlier arm stored, that one's.
+      recorded: where ECRs were recorded, of how many queries and candidates that were to have one
+        there was one: side → (recorded, asked for).
     """
 
     task: EvalTask
@@ -121,6 +123,7 @@ class ArmResult:
     pool: int
     failed: Mapping[str, int]
     ingest: tuple[Usage, ...]
+    recorded: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def ranked(self) -> list[Ranked]:
@@ -169,7 +172,9 @@ class TaskRunner:
             yield await self._arm(arm)
 
     async def _arm(self, arm: Arm) -> ArmResult:
+        recorded = self._recorded(arm, Side.QUERY, [query.id for query in self.task.queries])
         pool = await self._pool(arm)
+        recorded |= self._recorded(arm, Side.DOCUMENT, pool.index.documents)
         if self.rankings is not None:
             _check_cover(self.task, self.rankings, pool.index.documents)
         done = 0
@@ -197,13 +202,30 @@ class TaskRunner:
                 reason="NO_QUERY_RAN",
             )
         return ArmResult(
-            self.task, arm, answers, len(pool.index.documents), dict(pool.failed), pool.usage
+            self.task,
+            arm,
+            answers,
+            len(pool.index.documents),
+            dict(pool.failed),
+            pool.usage,
+            recorded,
         )
+
+    def _reasons(self, arm: Arm, side: Side) -> bool:
+        """Whether a side gets an ECR."""
+        published = self.task.ecr_query if side is Side.QUERY else self.task.ecr_target
+        return arm.ecr is not Ecr.NONE and (published or self.settings.both_sides)
+
+    def _recorded(self, arm: Arm, side: Side, ids: Collection[str]) -> dict[str, tuple[int, int]]:
+        if self.stages.recorded is None or not self._reasons(arm, side):
+            return {}
+        name = "query" if side is Side.QUERY else "target"
+        return {name: self.stages.recorded.count(self.task.name, side, ids)}
 
     # --- candidates ---
 
     async def _pool(self, arm: Arm) -> _Pool:
-        reasons = arm.ecr is not Ecr.NONE and (self.task.ecr_target or self.settings.both_sides)
+        reasons = self._reasons(arm, Side.DOCUMENT)
         key = (arm.ecr, arm.candidate_tokens) if reasons else (Ecr.NONE, 0)
         if key not in self._pools:
             self._pools[key] = await self._ingest(*key)
