@@ -344,6 +344,29 @@ def test_files_are_the_references_and_ours(tmp_path: Path) -> None:
         outputs.done(tmp_path, "toy", "image", {"limit": 5})
 
 
+def test_an_interrupted_overwrite_leaves_no_older_score_beside_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (result,) = run(task({"a": "a"}, ["a", "b"]), [NO_ECR])
+    outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    files = {path.name: path.read_text() for path in (tmp_path / "image").iterdir()}
+
+    def torn(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    # While wrong answers are gathered, nothing is touched.
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "failures", torn)
+        with pytest.raises(KeyboardInterrupt):
+            outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    assert files == {path.name: path.read_text() for path in (tmp_path / "image").iterdir()}
+    assert outputs.done(tmp_path, "toy", "image", {})
+    monkeypatch.setattr(outputs, "_lines", torn)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    assert not outputs.done(tmp_path, "toy", "image", {})
+
+
 class ByColour(FakeEmbedder):
     """Knows the solid colours of `layouts`, in images and in the first frame of videos."""
 

@@ -7,7 +7,7 @@ In `RUN/{modality}/`:
 - `{task}_info.json`: ours: what was run, with what, what it cost, how sure the score is.
 - `{task}_failures.jsonl`: ours: wrong answers to look at, with small pictures and ECRs.
 
-The score file is written last: where it is, the task is done.
+The score file is written last, and an older one removed first: where it is, the task is done.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ def write(folder: Path, result: ArmResult, *, mode: Mode, settings: Mapping[str,
     scores: dict[str, float | int] = dict(score_table(ranked, mode))
     scores |= {"num_pred": len(ranked), "num_data": len(task.queries)}
     about = info(result, mode=mode, settings=settings)
+    wrong = failures(result)
+    # A run that ends between two files must not leave them beside an older score.
+    (place / f"{task.name}_score.json").unlink(missing_ok=True)
     _lines(place / f"{task.name}_pred.jsonl", [prediction_row(r) for r in ranked])
-    _lines(place / f"{task.name}_failures.jsonl", failures(result))
+    _lines(place / f"{task.name}_failures.jsonl", wrong)
     _replace(place / f"{task.name}_info.json", json.dumps(about, ensure_ascii=False, indent=2))
     _replace(place / f"{task.name}_score.json", json.dumps(scores, indent=4))
     return about
