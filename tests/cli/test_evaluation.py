@@ -201,7 +201,7 @@ def test_bad_input_is_named(flags: tuple[str, ...], named: str, tte: Tte, data: 
 def test_recorded_ecrs_make_one_arm_and_no_rewrites(tte: Tte, data: Path, tmp_path: Path) -> None:
     (tmp_path / "ecrs.jsonl").touch()
     flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397")
-    flags += ("--ecrs", tmp_path / "ecrs.jsonl")
+    flags += ("--ecrs", tmp_path / "ecrs.jsonl", "--out", tmp_path / "out")
     for more, named in (
         (("--budgets", "32,64"), "several --budgets are the same arm"),
         (("--rerank", "ecrr+qar"), "hold no rewrites"),
