@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker
 from tests.cli.conftest import Tte, document
 from tests.evaluation import layouts
-from tte_jax.cli import evaluation_run
+from tte_jax.cli import evaluation_run, inspection
 from tte_jax.cli.output import Output
 from tte_jax.evaluation.runner import Stages
 
@@ -97,6 +97,13 @@ def test_run_resume_report_compare(
     assert about["settings"]["page_fix"] is True and about["arm"]["depth"] == 2
     assert about["tokens_per_query"] > 0 and "interval" in about
 
+    # A picture alone is no text that the reranker could read, and that shows.
+    said = "degraded (rerank: NO_QUERY_TEXT)"
+    assert f"; {said}: 3" in " ".join(ran.stderr.split())
+    shown = tte("eval", "report", out / "none-ecrr2")
+    assert "*" in shown.output and f"1 of 2 tasks: {said}: 3." in " ".join(shown.output.split())
+    assert "*" not in tte("eval", "report", out / "none").output
+
     calls = embedder.calls
     again = tte(*flags, *arms)
     assert again.exit_code == 0 and embedder.calls == calls
@@ -122,6 +129,46 @@ def test_run_resume_report_compare(
     assert tte(*gate, out / "none", out / "none").exit_code == 0
     many = tte("eval", "compare", out, out / "none")
     assert many.exit_code == 2 and "holds 4 runs" in many.stderr
+
+
+def test_what_the_flags_name_is_of_the_settings_by_content(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397", "--ecr", "none")
+    first = tmp_path / "first"
+    assert tte(*flags, "--out", first).exit_code == 0
+    said, ecrs = tmp_path / "said.json", tmp_path / "ecrs.jsonl"
+    said.write_text('{"MSVD": {"query": "Find it."}}')
+    ecrs.write_text('{"task": "SUN397", "side": "query", "id": "0", "ecr": "Answer: red"}')
+    rankings = first / "none/image"
+    pred = rankings / "SUN397_pred.jsonl"
+    for flag, given, file in (
+        ("--instructions", said, said),
+        ("--ecrs", ecrs, ecrs),
+        ("--rankings", rankings, pred),
+    ):
+        out = ("--out", tmp_path / flag, flag, given)
+        assert tte(*flags, *out).exit_code == 0
+        file.write_text(" " + file.read_text())
+        other = tte(*flags, *out)
+        assert other.exit_code == 2, flag
+        name = {"--rankings": "first_stage"}.get(flag, flag[2:])
+        assert f"other settings ({name})" in " ".join(other.stderr.split())
+    # Of rankings, only the task's own; of these, as many as of the queries.
+    limited = tte(*flags, "--out", tmp_path / "two", "--rankings", rankings, "--limit", "2")
+    assert limited.exit_code == 0, limited.output
+
+
+def test_a_run_of_which_nothing_came_says_why(
+    tte: Tte, data: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397", "--ecr", "none")
+    ran = tte(*flags, "--out", tmp_path / "none", "--rankings", tmp_path, "--json")
+    assert ran.exit_code == 1, ran.output
+    assert "no SUN397_pred.jsonl" in document(ran)["failed"]["SUN397"] and not document(ran)["runs"]
+    empty = tte(*flags, "--out", tmp_path / "none", "--shard", "2/2", "--json")
+    assert empty.exit_code == 0 and "Nothing in this shard" in empty.stderr
+    assert document(empty) == {"runs": [], "failed": {}, "left_out": []}
 
 
 def test_missing_tasks_are_left_out_only_when_asked(
@@ -151,6 +198,18 @@ def test_bad_input_is_named(flags: tuple[str, ...], named: str, tte: Tte, data: 
     assert named in " ".join(result.stderr.split())
 
 
+def test_recorded_ecrs_make_one_arm_and_no_rewrites(tte: Tte, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "ecrs.jsonl").touch()
+    flags = ("eval", "mmeb-v2", "--data", data, "--tasks", "SUN397")
+    flags += ("--ecrs", tmp_path / "ecrs.jsonl", "--out", tmp_path / "out")
+    for more, named in (
+        (("--budgets", "32,64"), "several --budgets are the same arm"),
+        (("--rerank", "ecrr+qar"), "hold no rewrites"),
+    ):
+        result = tte(*flags, *more)
+        assert result.exit_code == 2 and named in " ".join(result.stderr.split())
+
+
 def test_no_data_folder(tte: Tte) -> None:
     result = tte("eval", "mmeb-v2")
     assert result.exit_code == 2 and "is no folder" in result.stderr
@@ -175,6 +234,12 @@ def test_mini(tte: Tte, tmp_path: Path, embedder: FakeEmbedder) -> None:
     assert about["chance"] == pytest.approx(1 / 5) and about["frames"] == 8
     other = tte(*flags, "--queries", "4")
     assert other.exit_code == 2 and "with 3 queries" in " ".join(other.stderr.split())
+    again = tte(*chosen, "--ecr", "none")
+    assert again.exit_code == 0 and "mini-qa: done before" in again.stderr
+    # Other data may be made in another folder, and are no results of these.
+    data = ("--data", tmp_path / "more", "--tasks", "mini-t2i", "--queries", "4")
+    more = tte("eval", "mini", *data, "--out", tmp_path / "out", "--ecr", "none")
+    assert more.exit_code == 2 and "other settings (data)" in " ".join(more.stderr.split())
 
 
 def test_mini_list(tte: Tte) -> None:
@@ -204,7 +269,9 @@ def test_the_gate_stops_a_drop(tte: Tte, tmp_path: Path) -> None:
     assert dropped.exit_code == 1 and "does not pass" in dropped.stderr
 
 
-def test_running_services_are_the_stages(running: Tte, data: Path, tmp_path: Path) -> None:
+def test_running_services_are_the_stages(
+    running: Tte, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     # Without an ECR these services' embedder knows nothing of pictures.
     arms = ("--ecr", "full", "--rerank", "off,ecrr+qar", "--depths", "3", "--both-sides")
@@ -214,5 +281,26 @@ def test_running_services_are_the_stages(running: Tte, data: Path, tmp_path: Pat
     about = json.loads((out / "full64-ecrr3-qar3x64/image/MSCOCO_t2i_info.json").read_text())
     # The services' models name colours, which is what this task asks.
     assert about["score"] == 1.0 and about["queries_failed"] == 0 and not about["degraded"]
-    assert about["settings"]["models"]["embedder"]["service"].startswith("127.0.0.1:")
+    # Not where they run: a restart changes addresses, and at one address another model may come up.
+    assert about["settings"]["models"] == {
+        role: {"version": f"{role}-1", "service": True}
+        for role in ("reasoner", "embedder", "reranker")
+    }
     assert {"reason", "embed", "rewrite", "rerank"} <= about["stages_per_query"].keys()
+
+    def changed(reasoner: str) -> Callable[..., list[inspection.Seen]]:
+        def look(where: Mapping[str, str], **_: object) -> list[inspection.Seen]:
+            found = {"reasoner": reasoner, "embedder": "embedder-1", "reranker": "reranker-1"}
+            return [
+                inspection.Seen(role, where[role], "SERVING", {"model_version": found[role]})
+                for role in where
+            ]
+
+        return look
+
+    monkeypatch.setattr(inspection, "look", changed("reasoner-2"))
+    other = running("eval", "mmeb-v2", *flags, *arms)
+    assert other.exit_code == 2 and "other settings (models)" in " ".join(other.stderr.split())
+    monkeypatch.setattr(inspection, "look", changed(""))
+    silent = running("eval", "mmeb-v2", *flags, *arms)
+    assert silent.exit_code == 4 and "which model it runs" in " ".join(silent.stderr.split())

@@ -7,11 +7,13 @@ known by construction: query i shows colour i, and its right candidate is of col
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from PIL import Image
 
 COLOURS = ("red", "green", "blue")
@@ -223,6 +225,7 @@ def write_videos(root: Path) -> None:
             for i, answer in enumerate(("yes", "no", "no"))
         ],
     )
+    header: list[dict[str, str]] = []
     for number, subset in enumerate(MVBENCH_SUBSETS):
         colour = COLOURS[number % 3]
         frames(qa / "MVBench" / subset / "clip.mp4", colour)
@@ -232,7 +235,12 @@ def write_videos(root: Path) -> None:
             "candidates": list(COLOURS),
             "answer": colour,
         }
-        rows("VLM2Vec/MVBench", [row], f"{subset}/train")
+        path = root / "VLM2Vec/MVBench/json" / f"{subset}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row]))
+        header.append({"config_name": subset, "data_files": f"json/{subset}.json"})
+    readme = f"---\nlicense: mit\n{yaml.safe_dump({'configs': header})}---\n# MVBench\n"
+    (root / "VLM2Vec/MVBench/README.md").write_text(readme)
 
     mret = media / "video_mret"
     for repo, folder in (("QVHighlight", "QVHighlight"), ("Charades-STA", "Charades_STA")):

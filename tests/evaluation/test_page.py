@@ -176,6 +176,17 @@ def test_files_about_a_run_that_hold_something_else_are_survived(tmp_path: Path)
     assert "<td>37.50</td><td>–</td><td>–</td>" in text and "Quality against" not in text
 
 
+def test_scores_that_lack_something_are_marked_and_the_page_says_what(tmp_path: Path) -> None:
+    run(tmp_path / "runs/a", 0.5, tokens=3)
+    about = {"queries_failed": 2, "candidates_failed": {EVIL: 1}, "degraded": {"rerank: X": 7}}
+    (tmp_path / "runs/a/image/SUN397_info.json").write_text(json.dumps(about))
+    text, seen = made(tmp_path)
+    assert "<td>50.00*" in text and "<td>25.00 <small>" in text
+    shown = "".join(seen.texts)
+    said = f"queries failed: 2, candidates failed ({EVIL}): 1, degraded (rerank: X): 7."
+    assert f"* runs/a, 1 of 2 tasks: {said}" in shown and EVIL not in text
+
+
 def test_a_failures_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     run(tmp_path / "runs/a", 0.5, rows=[failure(), {"text": "x"}])
     with pytest.raises(DataLossError, match=r"SUN397_failures.jsonl, line 2, cannot be read"):

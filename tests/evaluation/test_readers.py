@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.evaluation import layouts
 from tte_jax.content import MediaKind
 from tte_jax.errors import DataLossError, InvalidInputError
-from tte_jax.evaluation.mmeb_v2.files import MissingDataError
+from tte_jax.evaluation.mmeb_v2.files import MissingDataError, row_files
 from tte_jax.evaluation.mmeb_v2.frames import encode, frame_paths
 from tte_jax.evaluation.mmeb_v2.load import load, read_instructions, what_is_missing
 from tte_jax.evaluation.mmeb_v2.registry import BY_NAME, DATASETS
@@ -75,6 +76,8 @@ def test_frames_are_spread_evenly_and_survive_encoding(tmp_path: Path) -> None:
     assert [p.stem for p in frame_paths(tmp_path, 3)] == ["f1", "f9", "f100"]
     assert len(frame_paths(tmp_path, 8)) == 4
     data = encode(frame_paths(tmp_path))
+    # What was reasoned about a video is found again by its content.
+    assert encode(frame_paths(tmp_path)) == data
     info = probe_video(data)
     assert (info.frames, info.fps, info.width, info.height) == (4, 2.0, 32, 32)
     import numpy as np
@@ -162,6 +165,19 @@ def test_the_readme_says_where_files_lie(root: Path, tmp_path: Path) -> None:
         "  - split: test\n    path: odd/*.parquet\n---\n# MSVD\n"
     )
     assert len(load(BY_NAME["MSVD"], tmp_path).queries) == 3
+
+
+def test_a_readme_that_names_files_alone_means_the_split_train(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "VLM2Vec/MVBench", tmp_path / "VLM2Vec/MVBench")
+    readme = tmp_path / "VLM2Vec/MVBench/README.md"
+    header = "---\nconfigs:\n- config_name: action_sequence\n  data_files:"
+    info = replace(BY_NAME["MVBench"], configs=("action_sequence",))
+    for files in (" json/action_sequence.json\n", "\n  - json/action_seq*.json\n"):
+        readme.write_text(header + files + "---\n")
+        (found,) = row_files(info, "action_sequence", tmp_path)
+        assert found.name == "action_sequence.json"
+    with pytest.raises(MissingDataError):
+        row_files(replace(info, split="test"), "action_sequence", tmp_path)
 
 
 def test_broken_files_are_named(root: Path, tmp_path: Path) -> None:

@@ -78,6 +78,24 @@ def test_runs_of_one_name_are_told_apart_and_none_is_shown_twice(tmp_path: Path)
     for twice in ([one, one], [tmp_path / "before", one]):
         with pytest.raises(InvalidInputError, match="before/none would be shown twice"):
             find_runs(twice)
+    with pytest.raises(InvalidInputError, match="before/none/video would be shown twice"):
+        find_runs([one, one / "video"])
+
+
+def test_the_folder_of_a_modality_is_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "none", {"MSVD": 0.5, "SUN397": 0.25})
+    (run,) = find_runs([tmp_path / "none/video"])
+    assert run.name == "video" and {n: t.score for n, t in run.tasks.items()} == {"MSVD": 0.5}
+
+
+def test_pages_of_others_are_scored_as_pages(tmp_path: Path) -> None:
+    for folder in ("visdoc", "image"):
+        (tmp_path / folder).mkdir()
+        scores = '{"hit@1": 0.1, "ndcg_linear@5": 0.5}'
+        (tmp_path / folder / f"own-{folder}_score.json").write_text(scores)
+    (run,) = find_runs([tmp_path])
+    found = {name: (task.metric, task.score) for name, task in run.tasks.items()}
+    assert found == {"own-visdoc": ("ndcg_linear@5", 0.5), "own-image": ("hit@1", 0.1)}
 
 
 def test_rankings_give_both_modes(tmp_path: Path) -> None:
@@ -88,6 +106,13 @@ def test_rankings_give_both_modes(tmp_path: Path) -> None:
     exact, compat = both_modes(run.tasks["ViDoRe_docvqa"]) or (0.0, 0.0)
     assert exact == 1.0 and compat == pytest.approx(0.8597, abs=1e-4)
     assert recompute(run, Mode.EXACT).tasks["ViDoRe_docvqa"].score == 1.0
+    assert recompute(run, Mode.EXACT).tasks["ViDoRe_docvqa"].info == {}
+    about = {"metric_mode": "compat", "score": 0.86, "interval": {"low": 0.86, "high": 0.86}}
+    (tmp_path / "visdoc/ViDoRe_docvqa_info.json").write_text(json.dumps(about | {"pool": 9}))
+    (again,) = find_runs([tmp_path])
+    info = recompute(again, Mode.EXACT).tasks["ViDoRe_docvqa"].info
+    assert (info["metric_mode"], info["score"], info["pool"]) == ("exact", 1.0, 9)
+    assert info["interval"]["low"] == info["interval"]["high"] == 1.0
 
 
 def rankings(folder: Path, predictions: list[str]) -> Path:
@@ -112,6 +137,25 @@ def test_comparison_is_paired(tmp_path: Path) -> None:
     (short,) = find_runs([rankings(tmp_path / "c", ["a"])])
     with pytest.raises(InvalidInputError, match="not the same"):
         compare_runs(a, short)
+
+
+def test_folders_of_moments_on_another_machine_are_our_ids(tmp_path: Path) -> None:
+    """As the reference writes them; ours, and all other data sets' ids, stay."""
+    theirs = {
+        "QVHighlight": ("/data/frames/v0/positive_0", "v0/positive_0"),
+        "MomentSeeker": ("/data/frames/video_frames/movie_red", "movie_red"),
+        "CIRR": ("images/dev/a.png:", "images/dev/a.png:"),
+    }
+    for folder, which in (("theirs", 0), ("ours", 1)):
+        write(tmp_path / folder, dict.fromkeys(theirs, 1.0))
+        for name, ids in theirs.items():
+            row = {"prediction": [ids[which]], "label": ids[which], "rel_scores": None}
+            (path,) = (tmp_path / folder).rglob(f"{name}_score.json")
+            path.with_name(f"{name}_pred.jsonl").write_text(json.dumps(row))
+            (found,) = outputs.read_predictions(path.with_name(f"{name}_pred.jsonl"), name)
+            assert found.prediction == found.label == (ids[1],)
+    a, b = find_runs([tmp_path / "theirs", tmp_path / "ours"])
+    assert {d.difference for d in compare_runs(a, b).tasks.values()} == {0.0}
 
 
 def test_bad_folders_and_files_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ import pytest
 from tests.cascade.fakes import FakeEmbedder, FakeReasoner, FakeReranker, ecr, text_of
 from tests.evaluation import layouts
 from tte_jax.content import Content, Media, Text
-from tte_jax.errors import InvalidInputError, UnavailableError
-from tte_jax.evaluation import outputs
+from tte_jax.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidInputError,
+    OverloadedError,
+    UnavailableError,
+)
+from tte_jax.evaluation import outputs, runner
 from tte_jax.evaluation.arms import Arm, Ecr, grid
-from tte_jax.evaluation.metrics import Mode
+from tte_jax.evaluation.metrics import Mode, Ranked
 from tte_jax.evaluation.mmeb_v2.load import load
 from tte_jax.evaluation.mmeb_v2.registry import BY_NAME, DATASETS
 from tte_jax.evaluation.reasoners import Cached, Recorded
@@ -52,8 +59,8 @@ def run(
     **kwargs: Any,
 ) -> list[ArmResult]:
     async def all() -> list[ArmResult]:
-        runner = TaskRunner(given, made or stages(), settings or Settings(), **kwargs)
-        return [result async for result in runner.run(arms)]
+        one = TaskRunner(given, made or stages(), settings or Settings(), **kwargs)
+        return [result async for result in one.run(arms)]
 
     return asyncio.run(all())
 
@@ -126,12 +133,43 @@ def test_rerank_and_rewrite_are_counted() -> None:
 def test_rankings_of_another_system_are_reranked() -> None:
     made = stages(reranker=FakeReranker({"c": 0.9, "b": 0.5, "a": 0.1}))
     given = task({"a": "c"}, ["a", "b", "c"])
-    rankings = [["b", "c", "a"]]
+    rankings = [Ranked(("b", "c", "a"), ("c",))]
     off, on = run(given, [NO_ECR, Arm(Ecr.NONE, 0, depth=2)], made, rankings=rankings)
     assert off.answers[0].ranked.prediction == ("b", "c", "a")
     assert on.answers[0].ranked.prediction == ("c", "b", "a")
     with pytest.raises(InvalidInputError, match="1 queries and the rankings given 0"):
         run(given, [NO_ECR], made, rankings=[])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(("a", "b"), ("a",))], "2 queries and the rankings given 1"),
+        ([(("a", "b"), ("a",))] * 3, "2 queries and the rankings given 3"),
+        ([(("a", "b"), ("a",))] * 2, "row 2 of the rankings: its label has 'a', .* is 'b'"),
+        (
+            [(("a", "b"), ("a",)), (("a", "/x/b"), ("b",))],
+            "row 2 of the rankings: it ranks 1 of the 2 candidates of query 1; the first that it "
+            "lacks is 'b', and its own ids are 'a', '/x/b'",
+        ),
+    ],
+)
+def test_rankings_that_are_not_the_tasks_are_refused(rows: Any, said: str) -> None:
+    rankings = [Ranked(*row) for row in rows]
+    local = tuple(Query(str(i), text(n), (n,), pool=("a", "b")) for i, n in enumerate("ab"))
+    for given in (
+        task({"a": "a", "b": "b"}, ["a", "b"]),
+        replace(task({}, ["a", "b"]), queries=local),
+    ):
+        with pytest.raises(InvalidInputError, match=f"toy.* {said}"):
+            run(given, [NO_ECR], rankings=rankings)
+
+
+def test_rankings_may_end_where_ours_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RANKED", 2)
+    given = task({"a": "c"}, ["a", "b", "c"])
+    (result,) = run(given, [NO_ECR], rankings=[Ranked(("b", "c"), ("c",))])
+    assert result.answers[0].ranked.prediction == ("b", "c", "a")
 
 
 def test_a_query_that_cannot_be_read_scores_nothing_and_is_counted() -> None:
@@ -149,6 +187,41 @@ def test_a_stage_that_is_away_ends_the_run() -> None:
         run(task({"a": "a"}, []), [NO_ECR], made)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (UnavailableError("away", reason="UNREACHABLE"), UnavailableError),
+        (OverloadedError("full"), UnavailableError),
+        (DeadlineExceededError("late"), UnavailableError),
+        (InternalError("not a number", reason="NAN"), InternalError),
+        (ValueError("a defect"), InternalError),
+    ],
+)
+@pytest.mark.parametrize("stage", ["reasoner", "reranker"])
+def test_a_stage_that_an_arm_is_about_fails_and_the_run_ends(
+    stage: str, error: Exception, raised: type[Exception]
+) -> None:
+    kind = {"reasoner": FakeReasoner, "reranker": FakeReranker}[stage]
+    made = stages(**{stage: kind(broken=error)})
+    given = task({"q": "a", "r": "b"}, ["a", "b"], ecr_target=False)
+    with pytest.raises(raised, match=f"toy, full8-ecrr2, query .: The {stage} .* Run it again"):
+        run(given, [Arm(Ecr.FULL, 8, depth=2)], made)
+
+
+def test_what_a_model_refuses_of_the_data_stays_a_result() -> None:
+    def refuse(candidates: Any) -> None:
+        if "b" in " ".join(candidates):
+            at = next(i for i, text in enumerate(candidates) if "b" in text)
+            raise InvalidInputError("too long", field=f"candidates[{at}]", reason="TOO_LONG")
+
+    reranker = FakeReranker()
+    reranker.refuse = refuse
+    (result,) = run(task({"a": "a"}, ["a", "b"]), [Arm(Ecr.NONE, 0, depth=2)],
+                    stages(reranker=reranker))  # fmt: skip
+    about = outputs.info(result, mode=Mode.EXACT, settings={})
+    assert about["score"] == 1.0 and about["degraded"] == {"rerank: TOO_LONG": 1}
+
+
 def test_recorded_ecrs_take_the_reasoners_place(tmp_path: Path) -> None:
     path = tmp_path / "ecrs.jsonl"
     rows = [
@@ -160,9 +233,44 @@ def test_recorded_ecrs_take_the_reasoners_place(tmp_path: Path) -> None:
     made = stages(reasoner=recorded, recorded=recorded)
     (result,) = run(task({"q": "zz"}, ["q", "zz"]), [Arm(Ecr.FULL, 8)], made)
     assert result.answers[0].ranked.prediction[0] == "zz"
+    about = outputs.info(result, mode=Mode.EXACT, settings={})
+    assert about["recorded_ecrs"] == {
+        "query": {"recorded": 1, "asked": 1},
+        "target": {"recorded": 1, "asked": 2},
+    }
+    (none,) = run(task({"q": "zz"}, ["q", "zz"]), [NO_ECR], made)
+    assert none.recorded == {}
     path.write_text('{"task": "toy"}\n')
     with pytest.raises(InvalidInputError, match="line 1: KeyError: 'side'"):
         Recorded(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"task": "Toy", "side": "query", "id": "0"}, "its query side: the file has nothing"),
+        ({"task": "toy", "side": "query", "id": "q0"}, "1 with other ids, such as 'q0'"),
+        ({"task": "toy", "side": "target", "id": "/x/zz"}, "its target side: .* such as '/x/zz'"),
+    ],
+)
+def test_recorded_ecrs_of_something_else_are_refused(
+    row: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ecrs.jsonl"
+    path.write_text(json.dumps(row | {"ecr": "Answer: abc"}))
+    recorded = Recorded(path)
+    made = stages(reasoner=recorded, recorded=recorded)
+    with pytest.raises(InvalidInputError, match=f"toy: no recorded ECR .* {said}"):
+        run(task({"q": "zz"}, ["q", "zz"]), [Arm(Ecr.FULL, 8)], made)
+    # A side of which nothing is recorded is left without, on purpose.
+    path.write_text(json.dumps({"task": "toy", "side": "query", "id": "0", "ecr": "Answer: z"}))
+    recorded = Recorded(path)
+    (result,) = run(
+        task({"q": "zz"}, ["q", "zz"]),
+        [Arm(Ecr.FULL, 8)],
+        stages(reasoner=recorded, recorded=recorded),
+    )
+    assert result.recorded == {"query": (1, 1), "target": (0, 2)}
 
 
 def test_cached_ecrs_outlive_the_run(tmp_path: Path) -> None:
@@ -199,6 +307,24 @@ def test_grid() -> None:
         grid(["half"], ["off"], budgets=[1], depths=[1], rewrites=1, rewrite_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--depths", {"depths": [10, 257]}),
+        ("--budgets", {"budgets": [4097]}),
+        ("--qar-depth", {"rewrites": 51}),
+        ("--qar-tokens", {"rewrite_tokens": 4097}),
+        ("--qar-depth", {"rewrites": 0}),
+    ],
+)
+def test_a_grid_beyond_what_a_search_may_ask_for_is_refused(
+    flag: str, given: dict[str, Any]
+) -> None:
+    good = {"budgets": [64], "depths": [10], "rewrites": 10, "rewrite_tokens": 64}
+    with pytest.raises(InvalidInputError, match=f"{flag} needs .* at most"):
+        grid(["full"], ["ecrr+qar"], **(good | given))
+
+
 # --- files ---
 
 
@@ -216,6 +342,29 @@ def test_files_are_the_references_and_ours(tmp_path: Path) -> None:
     assert not outputs.done(tmp_path, "other", "image", {"limit": 0})
     with pytest.raises(InvalidInputError, match=r"other settings \(limit\)"):
         outputs.done(tmp_path, "toy", "image", {"limit": 5})
+
+
+def test_an_interrupted_overwrite_leaves_no_older_score_beside_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (result,) = run(task({"a": "a"}, ["a", "b"]), [NO_ECR])
+    outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    files = {path.name: path.read_text() for path in (tmp_path / "image").iterdir()}
+
+    def torn(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    # While wrong answers are gathered, nothing is touched.
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "failures", torn)
+        with pytest.raises(KeyboardInterrupt):
+            outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    assert files == {path.name: path.read_text() for path in (tmp_path / "image").iterdir()}
+    assert outputs.done(tmp_path, "toy", "image", {})
+    monkeypatch.setattr(outputs, "_lines", torn)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.write(tmp_path, result, mode=Mode.EXACT, settings={})
+    assert not outputs.done(tmp_path, "toy", "image", {})
 
 
 class ByColour(FakeEmbedder):

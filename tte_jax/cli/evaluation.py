@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,12 @@ from rich.table import Table
 
 from tte_jax.cli import evaluation_run, exits, options, state
 from tte_jax.cli.output import Output
-from tte_jax.errors import InvalidInputError
+from tte_jax.errors import InvalidInputError, NotFoundError
 from tte_jax.evaluation import mini
 from tte_jax.evaluation import report as reports
-from tte_jax.evaluation.arms import grid
+from tte_jax.evaluation.arms import Arm, grid
 from tte_jax.evaluation.metrics import Mode
+from tte_jax.evaluation.mini.workshop import sha256
 from tte_jax.evaluation.mmeb_v2 import registry
 from tte_jax.evaluation.mmeb_v2.files import MissingDataError
 from tte_jax.evaluation.mmeb_v2.load import read_instructions, what_is_missing
@@ -97,10 +99,10 @@ def mmeb_v2(
     tte eval mmeb-v2 --data DIR --tasks image/qa,MSVD --ecr none,full --rerank off,ecrr
     """
     out = Output(json=json)
-    infos = registry.select(_words(tasks))
+    chosen = registry.select(_words(tasks))
     if list_only:
-        out.show(_list(infos))
-        out.document(lambda: [registry.as_json(info) for info in infos])
+        out.show(_list(chosen))
+        out.document(lambda: [registry.as_json(info) for info in chosen])
         return
     if data is None or not data.is_dir():
         raise InvalidInputError(
@@ -116,7 +118,9 @@ def mmeb_v2(
         rewrites=qar_depth,
         rewrite_tokens=qar_tokens,
     )
-    infos = _shard(infos, shard)
+    if ecrs is not None:
+        _check_recorded(arms)
+    infos = _shard(chosen, shard)
     lacking = what_is_missing(infos, data)
     if lacking and not skip_missing:
         raise MissingDataError(lacking)
@@ -135,17 +139,20 @@ def mmeb_v2(
         concurrency=concurrency,
         overwrite=overwrite,
         instructions=read_instructions(instructions) if instructions else {},
-        instructions_from=str(instructions) if instructions else "built-in wording",
+        instructions_from=f"sha256:{sha256(instructions)}" if instructions else "built-in wording",
         ecrs=ecrs,
         rankings=rankings,
         models=models,
         services=services,
     )
+    if not infos:
+        out.note(f"Nothing in this shard: --shard {shard} of {len(chosen)} tasks has none.")
+        out.document(lambda: {"runs": [], "failed": {}, "left_out": []})
+        return
     if not plan.infos:
         raise MissingDataError(lacking)
     failed = asyncio.run(evaluation_run.run(plan, out))
-    runs = reports.find_runs([out_dir])
-    show_runs(runs, out)
+    runs = _results(out_dir, failed, out)
     out.document(lambda: reports.as_json(runs) | {"failed": failed, "left_out": sorted(without)})
     if failed or without:
         raise typer.Exit(exits.FAILED)
@@ -237,10 +244,10 @@ def mini_mmeb(
         rankings=None,
         models=models,
         services=services,
+        made={task.name: mini.data_of(manifest, task.name) for task in chosen},
     )
     failed = asyncio.run(evaluation_run.run(plan, out))
-    runs = reports.find_runs([out_dir])
-    show_runs(runs, out)
+    runs = _results(out_dir, failed, out)
     out.document(lambda: reports.as_json(runs) | {"failed": failed})
     if failed:
         raise typer.Exit(exits.FAILED)
@@ -342,6 +349,18 @@ def compare(
         raise typer.Exit(exits.FAILED)
 
 
+def _results(folder: Path, failed: Mapping[str, str], out: Output) -> list[reports.Run]:
+    """What is in a run's folder now, shown; nothing where every task failed."""
+    try:
+        runs = reports.find_runs([folder])
+    except NotFoundError:
+        if not failed:
+            raise
+        return []
+    show_runs(runs, out)
+    return runs
+
+
 def show_runs(runs: list[reports.Run], out: Output) -> None:
     """The table for people, in percent; a mean that lacks tasks is a dash."""
     names = [d.name for d in registry.DATASETS if any(d.name in run.tasks for run in runs)]
@@ -350,7 +369,7 @@ def show_runs(runs: list[reports.Run], out: Output) -> None:
     for name in names:
         found = [run.tasks.get(name) for run in runs]
         metric = next(task.metric for task in found if task is not None)
-        table.add_row(name, metric, *(f"{100 * t.score:.2f}" if t else "" for t in found))
+        table.add_row(name, metric, *(f"{100 * t.score:.2f}{t.mark}" if t else "" for t in found))
     table.add_section()
     benchmark = any(name in registry.BY_NAME for name in names)
     for mean in (*map(str, registry.Modality), reports.ALL) if benchmark else ():
@@ -361,6 +380,8 @@ def show_runs(runs: list[reports.Run], out: Output) -> None:
             cells.append(whole + ("" if value.value is not None else _part(value)))
         table.add_row(f"[bold]{mean}[/]", "mean", *cells)
     out.show(table)
+    for note in reports.footnotes(runs):
+        out.show(escape(note))
 
 
 def _part(mean: reports.Mean) -> str:
@@ -414,6 +435,20 @@ def _numbers(text: str, flag: str) -> list[int]:
             f"{flag} {text!r} is no list of whole numbers; expected such as 32,64.", field=flag
         )
     return [int(word) for word in words]
+
+
+def _check_recorded(arms: Sequence[Arm]) -> None:
+    """Raises InvalidInputError for arms that recorded ECRs do not tell apart, or cannot make."""
+    if len({arm.tokens for arm in arms if arm.tokens}) > 1:
+        raise InvalidInputError(
+            "--ecrs gives the ECRs as they are, so that several --budgets are the same arm; give "
+            "one.",
+            field="--budgets",
+        )
+    if any(arm.rewrites for arm in arms):
+        raise InvalidInputError(
+            "Recorded ECRs (--ecrs) hold no rewrites; use --rerank off or ecrr.", field="--rerank"
+        )
 
 
 def _shard(infos: list[registry.DatasetInfo], shard: str) -> list[registry.DatasetInfo]:

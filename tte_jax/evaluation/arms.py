@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from tte_jax import limits
 from tte_jax.content import Budget
 from tte_jax.errors import InvalidInputError
 
@@ -91,18 +92,19 @@ def grid(
 
     Raises InvalidInputError for unknown words and numbers that cannot be.
     """
-    for flag, numbers in (("--budgets", budgets), ("--depths", depths)):
-        if not numbers or min(numbers) < 1:
+    for flag, numbers, most in (
+        ("--budgets", budgets, limits.MAX_NEW_TOKENS),
+        ("--depths", depths, limits.MAX_RERANK_CANDIDATES),
+        ("--qar-depth", (rewrites,), limits.MAX_REWRITE_DEPTH),
+        ("--qar-tokens", (rewrite_tokens,), limits.MAX_NEW_TOKENS),
+    ):
+        if not numbers or min(numbers) < 1 or max(numbers) > most:
             raise InvalidInputError(
-                f"{flag} needs whole numbers of at least 1, got {list(numbers)}; "
-                "--ecr none and --rerank off are the arms without.",
+                f"{flag} needs whole numbers of at least 1 and at most {most}, got "
+                f"{', '.join(map(str, numbers)) or 'none'}; --ecr none and --rerank off are the "
+                "arms without.",
                 field=flag,
             )
-    if rewrites < 1 or rewrite_tokens < 1:
-        raise InvalidInputError(
-            f"--qar-depth is {rewrites} and --qar-tokens {rewrite_tokens}; expected at least 1.",
-            field="--qar-depth",
-        )
     arms: dict[Arm, None] = {}
     for ecr, rerank in itertools.product(
         [_word(Ecr, e, "--ecr") for e in ecrs], [_word(Rerank, r, "--rerank") for r in reranks]

@@ -7,7 +7,7 @@ In `RUN/{modality}/`:
 - `{task}_info.json`: ours: what was run, with what, what it cost, how sure the score is.
 - `{task}_failures.jsonl`: ours: wrong answers to look at, with small pictures and ECRs.
 
-The score file is written last: where it is, the task is done.
+The score file is written last, and an older one removed first: where it is, the task is done.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tte_jax.evaluation.metrics import (
     score_table,
     trec,
 )
+from tte_jax.evaluation.mmeb_v2.registry import candidate_id
 from tte_jax.evaluation.pool_index import TIES
 from tte_jax.evaluation.runner import Answer, ArmResult
 from tte_jax.evaluation.significance import interval
@@ -54,8 +55,11 @@ def write(folder: Path, result: ArmResult, *, mode: Mode, settings: Mapping[str,
     scores: dict[str, float | int] = dict(score_table(ranked, mode))
     scores |= {"num_pred": len(ranked), "num_data": len(task.queries)}
     about = info(result, mode=mode, settings=settings)
+    wrong = failures(result)
+    # A run that ends between two files must not leave them beside an older score.
+    (place / f"{task.name}_score.json").unlink(missing_ok=True)
     _lines(place / f"{task.name}_pred.jsonl", [prediction_row(r) for r in ranked])
-    _lines(place / f"{task.name}_failures.jsonl", failures(result))
+    _lines(place / f"{task.name}_failures.jsonl", wrong)
     _replace(place / f"{task.name}_info.json", json.dumps(about, ensure_ascii=False, indent=2))
     _replace(place / f"{task.name}_score.json", json.dumps(scores, indent=4))
     return about
@@ -99,6 +103,10 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
         "candidates_failed": dict(result.failed),
         "queries_failed": len(errors),
         "first_errors": errors[:3],
+        "recorded_ecrs": {
+            side: {"recorded": recorded, "asked": asked}
+            for side, (recorded, asked) in result.recorded.items()
+        },
         "degraded": dict(Counter(d for a in result.answers for d in a.degraded)),
         "tokens_per_query": tokens,
         "stages_per_query": stages,
@@ -112,6 +120,19 @@ def info(result: ArmResult, *, mode: Mode, settings: Mapping[str, Any]) -> dict[
         "notes": list(task.notes),
         "settings": dict(settings),
     }
+
+
+def lacks(info: Mapping[str, Any]) -> dict[str, int]:
+    """What a score is without, by an info: what → how many. Empty where all is well or not known.
+
+    A search of which two stages lacked something counts for both.
+    """
+    found: dict[str, Any] = {"queries failed": info.get("queries_failed")}
+    for key, what in (("candidates_failed", "candidates failed"), ("degraded", "degraded")):
+        reasons = info.get(key)
+        if isinstance(reasons, Mapping):
+            found |= {f"{what} ({reason})": count for reason, count in reasons.items()}
+    return {what: count for what, count in found.items() if isinstance(count, int) and count > 0}
 
 
 def chance(result: ArmResult) -> float:
@@ -223,8 +244,8 @@ def thumbnail(content: Content) -> str:
 # --- reading ---
 
 
-def read_predictions(path: Path) -> list[Ranked]:
-    """A `_pred.jsonl`, ours or anyone's; ids become texts.
+def read_predictions(path: Path, task: str = "") -> list[Ranked]:
+    """A `_pred.jsonl`, ours or anyone's; ids become texts, as the data set `task` has them here.
 
     Raises DataLossError for a line that is not what the reference writes.
     """
@@ -236,8 +257,8 @@ def read_predictions(path: Path) -> list[Ranked]:
             grades = row.get("rel_scores")
             ranked.append(
                 Ranked(
-                    tuple(map(str, row["prediction"])),
-                    tuple(map(str, label)),
+                    tuple(candidate_id(task, str(id)) for id in row["prediction"]),
+                    tuple(candidate_id(task, str(id)) for id in label),
                     None if grades is None else tuple(float(g) for g in grades),
                 )
             )

@@ -22,7 +22,7 @@ import numpy as np
 from tte_jax.errors import DataLossError
 from tte_jax.evaluation import outputs, plots
 from tte_jax.evaluation.mmeb_v2.registry import BY_NAME, DATASETS, Modality
-from tte_jax.evaluation.report import ALL, Run, TaskScore
+from tte_jax.evaluation.report import ALL, Run, TaskScore, footnotes
 
 FAILURES = 5
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -207,7 +207,8 @@ def _table(runs: Sequence[Run], labels: Sequence[str]) -> str:
         metric = next(task.metric for task in found if task is not None)
         cells = [html.escape(name), html.escape(metric), *map(_cell, found)]
         rows.append(_row("td", cells))
-    return f"<div class='wide'><table>{''.join(rows)}</table></div>"
+    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in footnotes(runs))
+    return f"<div class='wide'><table>{''.join(rows)}</table></div>{notes}"
 
 
 def _cell(task: TaskScore | None) -> str:
@@ -215,7 +216,7 @@ def _cell(task: TaskScore | None) -> str:
         return ""
     low, high = _end(task, "low"), _end(task, "high")
     spread = "" if math.isnan(low + high) else f" <small>{low:.1f}–{high:.1f}</small>"
-    return f"{100 * task.score:.2f}{spread}"
+    return f"{100 * task.score:.2f}{task.mark}{spread}"
 
 
 def _bars(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:

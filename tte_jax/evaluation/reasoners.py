@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -130,6 +130,29 @@ class Recorded:
         key = (task, "query" if side is Side.QUERY else "target", id)
         text = self.rows.get(key, "")
         self.by_content[side, content.content_hash] = parse_ecr(text) if text else NO_REASONING
+
+    def count(self, task: str, side: Side, ids: Collection[str]) -> tuple[int, int]:
+        """(recorded, asked for): of how many of a side's `ids` there is an ECR.
+
+        Raises InvalidInputError where there is none of them, though the file has some of this task
+        and side, or has nothing at all of the task.
+        """
+        name = "query" if side is Side.QUERY else "target"
+        recorded = sum((task, name, id) in self.rows for id in ids)
+        of_task = [key for key in self.rows if key[0] == task]
+        of_side = [id for _, other, id in of_task if other == name]
+        if ids and not recorded and (of_side or not of_task):
+            what = (
+                f"{len(of_side)} with other ids, such as {of_side[0]!r}" if of_side else "nothing"
+            )
+            kind = "the queries' numbers" if side is Side.QUERY else "the candidates' names"
+            raise InvalidInputError(
+                f"{task}: no recorded ECR (--ecrs) is of its {name} side: the file has {what}; "
+                f"expected {kind}, such as {next(iter(ids))!r}.",
+                field="--ecrs",
+                reason="NO_RECORDED_ECR",
+            )
+        return recorded, len(ids)
 
     async def reason(
         self, items: Sequence[ReasonItem], *, max_tokens: int, timeout_s: float | None = None

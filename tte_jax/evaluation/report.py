@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,25 @@ import numpy as np
 from tte_jax.errors import DataLossError, InvalidInputError, NotFoundError
 from tte_jax.evaluation import outputs
 from tte_jax.evaluation.metrics import Mode, Ranked, differs, per_query
-from tte_jax.evaluation.mmeb_v2.registry import ALIASES, BY_NAME, DATASETS, Modality
-from tte_jax.evaluation.significance import Difference, Interval, compare, interval_of_tasks
+from tte_jax.evaluation.mmeb_v2.registry import (
+    ALIASES,
+    BY_NAME,
+    DATASETS,
+    HIT,
+    NDCG,
+    Modality,
+)
+from tte_jax.evaluation.significance import (
+    Difference,
+    Interval,
+    compare,
+    interval,
+    interval_of_tasks,
+)
 
 _SCORE, _PRED, _INFO, _FAILURES = "_score.json", "_pred.jsonl", "_info.json", "_failures.jsonl"
 ALL = "All"
+MARK = "*"
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,11 @@ class TaskScore:
     @property
     def failures(self) -> Path:
         return self.place.with_name(self.place.name + _FAILURES)
+
+    @property
+    def mark(self) -> str:
+        """Stands behind a score that lacks something; `footnotes` says what."""
+        return MARK if outputs.lacks(self.info) else ""
 
 
 @dataclass(frozen=True)
@@ -107,13 +126,15 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     places: list[Path] = []
+    seen: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise NotFoundError(f"There is no folder {folder}.", reason="FOLDER_NOT_FOUND")
         found: dict[Path, dict[str, TaskScore]] = {}
         for path in sorted(folder.rglob(f"*{_SCORE}")):
             score = _read(path)
-            home = path.parent.parent if path.parent.name in set(Modality) else path.parent
+            inside = path.parent.name in set(Modality) and path.parent != folder
+            home = path.parent.parent if inside else path.parent
             tasks = found.setdefault(home, {})
             if score.task in tasks:
                 raise InvalidInputError(
@@ -131,12 +152,14 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         for home, tasks in found.items():
             inner = home.relative_to(folder).as_posix()
             name = folder.resolve().name + ("" if inner == "." else f"/{inner}")
-            if home.resolve() in {place.resolve() for place in places}:
+            files = {task.place.resolve() for task in tasks.values()}
+            if files & seen:
                 raise InvalidInputError(
                     f"The results in {home} would be shown twice; give each folder once, and none "
                     "that lies in another.",
                     field="folders",
                 )
+            seen |= files
             runs.append(Run(name, tasks))
             places.append(home)
     names = Counter(run.name for run in runs)
@@ -153,7 +176,8 @@ def _read(path: Path) -> TaskScore:
     about = path.with_name(stem + _INFO)
     info = outputs.read_json(about) if about.is_file() else {}
     known = BY_NAME.get(name)
-    metric = known.metric if known else str(info.get("metric", "hit@1"))
+    usual = NDCG if path.parent.name == Modality.VISDOC else HIT
+    metric = known.metric if known else str(info.get("metric", usual))
     scores = outputs.read_json(path)
     if not isinstance(scores.get(metric), int | float):
         raise DataLossError(
@@ -176,9 +200,14 @@ def recompute(run: Run, mode: Mode) -> Run:
     tasks: dict[str, TaskScore] = {}
     for name, task in run.tasks.items():
         if task.predictions.is_file():
-            ranked = outputs.read_predictions(task.predictions)
-            score = float(per_query(ranked, task.metric, mode).mean()) if ranked else task.score
-            task = TaskScore(name, task.modality, task.metric, score, task.place, task.info)
+            ranked = outputs.read_predictions(task.predictions, task.task)
+            if ranked:
+                scores = per_query(ranked, task.metric, mode)
+                score, info = float(scores.mean()), dict(task.info)
+                if info:
+                    spread = asdict(interval(scores))
+                    info |= {"metric_mode": str(mode), "score": score, "interval": spread}
+                task = replace(task, score=score, info=info)
         tasks[name] = task
     return Run(run.name, tasks)
 
@@ -187,7 +216,7 @@ def both_modes(task: TaskScore) -> tuple[float, float] | None:
     """(exact, compat) where a task's rankings are there and the two can differ."""
     if not task.predictions.is_file():
         return None
-    ranked = outputs.read_predictions(task.predictions)
+    ranked = outputs.read_predictions(task.predictions, task.task)
     if not ranked or not differs(ranked):
         return None
     exact, compat = (
@@ -244,13 +273,29 @@ def compare_runs(a: Run, b: Run, mode: Mode = Mode.EXACT) -> Comparison:
     )
 
 
+def footnotes(runs: Sequence[Run]) -> list[str]:
+    """What the marked scores of each run lack, summed over its tasks."""
+    notes: list[str] = []
+    for run in runs:
+        found: Counter[str] = Counter()
+        marked = 0
+        for task in run.tasks.values():
+            lacks = outputs.lacks(task.info)
+            found.update(lacks)
+            marked += bool(lacks)
+        if marked:
+            what = ", ".join(f"{name}: {count}" for name, count in found.items())
+            notes.append(f"{MARK} {run.name}, {marked} of {len(run.tasks)} tasks: {what}.")
+    return notes
+
+
 def _rankings(task: TaskScore) -> list[Ranked]:
     if not task.predictions.is_file():
         raise NotFoundError(
             f"There is no {task.predictions}; a comparison needs the rankings of both runs.",
             reason="FILE_NOT_FOUND",
         )
-    return outputs.read_predictions(task.predictions)
+    return outputs.read_predictions(task.predictions, task.task)
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
@@ -268,6 +313,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                         "metric_mode": task.info.get("metric_mode"),
                         "tokens_per_query": task.info.get("tokens_per_query"),
                         "seconds_per_query": task.info.get("seconds_per_query"),
+                        "lacks": outputs.lacks(task.info),
                     }
                     for name, task in run.tasks.items()
                 },

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -18,7 +18,13 @@ from tte_jax import limits
 from tte_jax.cascade import Caps, Cascade, IngestOptions, SearchQuery, SearchUpdate
 from tte_jax.cascade.messages import IngestInput, ItemState, Rejected
 from tte_jax.content import NO_REASONING, Candidate, Content, Document, Reasoning, Side, Usage
-from tte_jax.errors import InvalidInputError, TteError, UnsupportedError
+from tte_jax.errors import (
+    InternalError,
+    InvalidInputError,
+    TteError,
+    UnavailableError,
+    UnsupportedError,
+)
 from tte_jax.evaluation.arms import Arm, Ecr
 from tte_jax.evaluation.metrics import Ranked
 from tte_jax.evaluation.pool_index import PoolIndex
@@ -31,7 +37,15 @@ CALL_S = 1800.0
 CAPS = Caps(CALL_S, CALL_S, CALL_S, CALL_S, CALL_S, CALL_S)
 # What may be one query's fault; anything else ends the run, which can go on later.
 _QUERY_ERRORS = (InvalidInputError, UnsupportedError)
+# Why the cascade did without a stage that another time may be well; what else it names is of the
+# data, such as a query without text or candidates that a model refuses.
+_AWAY = frozenset(
+    {"UNAVAILABLE", "UNREACHABLE", "CANCELLED", "WARMING_UP", "DRAINING", "OVERLOADED"}
+    | {"DEADLINE_EXCEEDED", "DEADLINE_NEAR"}
+)
+_BROKEN = frozenset({"INTERNAL", "NAN", "NOT_FINITE"})
 KEPT = 5
+RANKED = 1000
 
 Progress = Callable[[str, int, int], None]
 """(what, done, in all); 0 in all = not known."""
@@ -65,7 +79,7 @@ class Settings:
 
     concurrency: int = 8
     both_sides: bool = False
-    depth: int = 1000
+    depth: int = RANKED
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class ArmResult:
     Attributes:
       pool: how many candidates were stored; `failed`: those that could not be, by reason.
       ingest: what storing them spent; of an arm whose candidates an earlier arm stored, that one's.
+      recorded: where ECRs were recorded, of how many queries and candidates that were to have one
+        there was one: side → (recorded, asked for).
     """
 
     task: EvalTask
@@ -107,6 +123,7 @@ class ArmResult:
     pool: int
     failed: Mapping[str, int]
     ingest: tuple[Usage, ...]
+    recorded: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def ranked(self) -> list[Ranked]:
@@ -131,14 +148,14 @@ class TaskRunner:
         settings: Settings,
         *,
         progress: Progress = lambda what, done, total: None,
-        rankings: Sequence[Sequence[str]] | None = None,
+        rankings: Sequence[Ranked] | None = None,
     ) -> None:
-        if rankings is not None and len(rankings) < len(task.queries):
-            raise InvalidInputError(
-                f"{task.name} has {len(task.queries)} queries and the rankings given "
-                f"{len(rankings)}; expected a line for each query, in the order of the data set.",
-                field="--rankings",
-            )
+        """`rankings`: of another system, a query each; they take the first stage's place.
+
+        Raises InvalidInputError for rankings that are not of the task's queries.
+        """
+        if rankings is not None:
+            _check_rankings(task, rankings)
         self.task, self.stages, self.settings = task, stages, settings
         self.progress, self.rankings = progress, rankings
         self.keep_media = False
@@ -148,14 +165,18 @@ class TaskRunner:
         """The arms, one after the other.
 
         Raises:
-          TteError: a stage stays away, or no query at all could be answered.
+          TteError: a stage stays away or fails, or no query at all could be answered.
         """
         self.keep_media = any(arm.rewrites for arm in arms)
         for arm in arms:
             yield await self._arm(arm)
 
     async def _arm(self, arm: Arm) -> ArmResult:
+        recorded = self._recorded(arm, Side.QUERY, [query.id for query in self.task.queries])
         pool = await self._pool(arm)
+        recorded |= self._recorded(arm, Side.DOCUMENT, pool.index.documents)
+        if self.rankings is not None:
+            _check_cover(self.task, self.rankings, pool.index.documents)
         done = 0
         gate = asyncio.Semaphore(self.settings.concurrency)
 
@@ -181,13 +202,30 @@ class TaskRunner:
                 reason="NO_QUERY_RAN",
             )
         return ArmResult(
-            self.task, arm, answers, len(pool.index.documents), dict(pool.failed), pool.usage
+            self.task,
+            arm,
+            answers,
+            len(pool.index.documents),
+            dict(pool.failed),
+            pool.usage,
+            recorded,
         )
+
+    def _reasons(self, arm: Arm, side: Side) -> bool:
+        """Whether a side gets an ECR."""
+        published = self.task.ecr_query if side is Side.QUERY else self.task.ecr_target
+        return arm.ecr is not Ecr.NONE and (published or self.settings.both_sides)
+
+    def _recorded(self, arm: Arm, side: Side, ids: Collection[str]) -> dict[str, tuple[int, int]]:
+        if self.stages.recorded is None or not self._reasons(arm, side):
+            return {}
+        name = "query" if side is Side.QUERY else "target"
+        return {name: self.stages.recorded.count(self.task.name, side, ids)}
 
     # --- candidates ---
 
     async def _pool(self, arm: Arm) -> _Pool:
-        reasons = arm.ecr is not Ecr.NONE and (self.task.ecr_target or self.settings.both_sides)
+        reasons = self._reasons(arm, Side.DOCUMENT)
         key = (arm.ecr, arm.candidate_tokens) if reasons else (Ecr.NONE, 0)
         if key not in self._pools:
             self._pools[key] = await self._ingest(*key)
@@ -242,7 +280,7 @@ class TaskRunner:
 
     async def _search(self, arm: Arm, pool: _Pool, number: int, query: Query) -> Answer:
         nothing = Ranked((), query.label, query.rel_scores)
-        order = self.rankings[number] if self.rankings is not None else None
+        order = self.rankings[number].prediction if self.rankings is not None else None
         view = pool.index.view(query.pool, order)
         cascade = self._cascade(arm.ecr, view)
         try:
@@ -262,7 +300,21 @@ class TaskRunner:
             seconds = time.monotonic() - began
         except _QUERY_ERRORS as error:
             return Answer(query, nothing, error=error.message)
+        self._complete(arm, query, updates[-1])
         return self._answer(query, content, updates, view.ranking, seconds)
+
+    def _complete(self, arm: Arm, query: Query, last: SearchUpdate) -> None:
+        """Raises UnavailableError or InternalError for a search without what the arm is about."""
+        for lack in last.degraded:
+            if lack.reason not in _AWAY | _BROKEN:
+                continue
+            kind = InternalError if lack.reason in _BROKEN else UnavailableError
+            hint = ", perhaps with a lower --concurrency" if lack.reason == "OVERLOADED" else ""
+            raise kind(
+                f"{self.task.name}, {arm.name}, query {query.id}: {lack.message} A ranking without "
+                f"that is no result of this arm; what is done is kept. Run it again{hint}.",
+                reason=lack.reason,
+            )
 
     def _answer(
         self,
@@ -294,6 +346,47 @@ class TaskRunner:
         if ecr in (Ecr.THINK, Ecr.ANSWER):
             reasoner = Trimmed(reasoner, ecr)
         return Cascade(reasoner, self.stages.embedder, index, self.stages.reranker, caps=CAPS)
+
+
+def _check_rankings(task: EvalTask, rankings: Sequence[Ranked]) -> None:
+    """Whether they are of the task's queries, each with its own right answers."""
+    expected = "expected a line for each query, in the order of the data set"
+    if len(rankings) != len(task.queries):
+        raise InvalidInputError(
+            f"{task.name} has {len(task.queries)} queries and the rankings given {len(rankings)}; "
+            f"{expected}.",
+            field="--rankings",
+        )
+    for row, (query, ranked) in enumerate(zip(task.queries, rankings, strict=True), start=1):
+        if other := sorted(set(query.label) ^ set(ranked.label)):
+            side = "lacks" if other[0] in query.label else "has"
+            raise InvalidInputError(
+                f"{task.name}, row {row} of the rankings: its label {side} {other[0]!r}, and right "
+                f"for query {query.id} is {_shown(query.label)}; {expected}.",
+                field="--rankings",
+            )
+
+
+def _check_cover(
+    task: EvalTask, rankings: Sequence[Ranked], stored: Mapping[str, Document]
+) -> None:
+    """Whether they rank what the task's queries choose from: all of it, or as much as is kept."""
+    for row, (query, ranked) in enumerate(zip(task.queries, rankings, strict=True), start=1):
+        named = set(ranked.prediction)
+        pool = stored.keys() if query.pool is None else stored.keys() & set(query.pool)
+        lacking = sorted(pool - named)
+        if lacking and len(pool) - len(lacking) < RANKED:
+            raise InvalidInputError(
+                f"{task.name}, row {row} of the rankings: it ranks {len(pool) - len(lacking)} of "
+                f"the {len(pool)} candidates of query {query.id}; the first that it lacks is "
+                f"{lacking[0]!r}, and its own ids are {_shown(ranked.prediction)}. Expected every "
+                f"candidate, or at least the first {RANKED:,}, under the ids of the data set.",
+                field="--rankings",
+            )
+
+
+def _shown(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:3])) + (", …" if len(ids) > 3 else "") or "none"
 
 
 def _sum(total: Usage | None, more: Usage) -> Usage:

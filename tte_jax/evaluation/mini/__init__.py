@@ -5,7 +5,7 @@ They are no MMEB-V2 figures: they show that the whole way works and what a chang
 `tasks` lists them, `building` makes them, `packages` gets what they are made of.
 """
 
-from tte_jax.evaluation.mini.building import build, check
+from tte_jax.evaluation.mini.building import build, check, data_of
 from tte_jax.evaluation.mini.tasks import DEFAULT, TASKS, MiniTask, select
 
-__all__ = ["DEFAULT", "TASKS", "MiniTask", "build", "check", "select"]
+__all__ = ["DEFAULT", "TASKS", "MiniTask", "build", "check", "data_of", "select"]

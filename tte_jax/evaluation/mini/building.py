@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +111,14 @@ def check(
                 f"Delete {folder} and build again.",
                 reason="UNREADABLE_DATA",
             )
+
+
+def data_of(manifest: dict[str, Any], task: str) -> dict[str, Any]:
+    """What a task's data are, for the settings of its results: the manifest's entry, with one
+    sha256 over its files' in place of their paths."""
+    entry = dict(manifest["tasks"][task])
+    files = "".join(f"{manifest['files'][path]}  {path}\n" for path in entry.pop("files"))
+    return entry | {"sha256": hashlib.sha256(files.encode()).hexdigest()}
 
 
 def _asked(task: MiniTask, queries: int, pages: int) -> dict[str, int]:

@@ -166,8 +166,10 @@ def _declared(place: Path, config: str, split: str) -> list[str]:
             continue
         files = entry.get("data_files") or []
         for file in files if isinstance(files, list) else [files]:
-            if isinstance(file, dict) and file.get("split") == split:
-                path = file.get("path")
+            # The hub takes a path by itself for one of the split `train`.
+            named = file if isinstance(file, dict) else {"split": "train", "path": file}
+            if named.get("split") == split:
+                path = named.get("path")
                 patterns += path if isinstance(path, list) else [str(path)]
     return patterns
 

@@ -58,7 +58,9 @@ def encode(paths: list[Path]) -> bytes:
     out = io.BytesIO()
     frames = [_image(path) for path in paths]
     width, height = frames[0].size
-    with av.open(out, "w", format="matroska") as container:
+    # Else the file holds random ids, and equal frames make other bytes each time.
+    exact = {"fflags": "+bitexact"}
+    with av.open(out, "w", format="matroska", options=exact) as container:
         stream = container.add_stream("ffv1", rate=Fraction(RATE))
         stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
         for frame in frames:

@@ -335,6 +335,17 @@ ALIASES = {
     **{n: f"ViDoRe_{n}" for n in _VIDORE_V2},
 }
 
+# How many last parts of a path name a candidate; elsewhere an id is no path of anyone's machine.
+_ID_PARTS = {Layout.MOMENT_FOLDERS: 2, Layout.MOMENT_LISTS: 1}
+
+
+def candidate_id(task: str, id: str) -> str:
+    """The id that a candidate of a data set has here; for moments others write its frames' folder,
+    with all that lies above it on their machine."""
+    info = BY_NAME.get(task)
+    parts = _ID_PARTS.get(info.layout, 0) if info else 0
+    return "/".join(id.rstrip("/").split("/")[-parts:]) if parts else id
+
 
 def select(names: Iterable[str]) -> list[DatasetInfo]:
     """The data sets meant by names, modalities, groups (`image/qa`, or `qa` for both) or `all`.
