@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -94,6 +94,21 @@ def test_smart_resize_is_the_reference(
         return
     ours = smart_resize(height, width, factor, low, low + more)
     assert ours == reference_resize(height, width, factor, low, low + more)
+
+
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    patches=st.integers(800, 5000),
+    low=st.integers(1, 28 * 28 * 1280),
+)
+def test_a_bound_on_patches_holds(height: int, width: int, patches: int, low: int) -> None:
+    assume(max(height, width) <= 200 * min(height, width))
+    config = ImageConfig(min_pixels=low, max_pixels=28 * 28 * 16384).at_most(patches)
+    new = smart_resize(height, width, 28, config.min_pixels, config.max_pixels)
+    assert new[0] * new[1] <= patches * 14 * 14
+    small = ImageConfig(max_pixels=800 * 14 * 14)
+    assert small.at_most(patches) is small
 
 
 def test_too_elongated_is_an_input_error() -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tte_jax.content import Media
-from tte_jax.engine.buckets import FULL, MINI, Buckets, longest
+from tte_jax.engine.buckets import FULL, MINI, Buckets
 from tte_jax.engine.cache import ByteLru
 from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
@@ -114,11 +114,13 @@ def open_model(
     if buckets is None and "buckets" in spec:
         ladder = ladder.replace(spec["buckets"])
     if prompts.image_config is not None:
-        # A video is made to fit the largest row of patches, whatever its length.
-        video = prompts.video_config
-        if video is not None and not video.max_patches and ladder.images:
-            video = replace(video, max_patches=longest(ladder.images))
-        prompts.load = cached_media(media_loader(prompts.image_config, video))
+        # What is sent is made to fit what is served, whatever its size or length.
+        image, video = prompts.image_config, prompts.video_config
+        if patches := ladder.image_patches(role, image.merge_size**2):
+            prompts.image_config = image = image.at_most(patches)
+            if video is not None and not video.max_patches:
+                video = replace(video, max_patches=patches)
+        prompts.load = cached_media(media_loader(image, video))
     name = str(spec.get("name") or path.name)
     layout = Layout(mesh, rules or Rules())
     placed = None if mesh is None else sharding_of(mesh, layout.rules)

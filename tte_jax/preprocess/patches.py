@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ class ImageConfig:
             mean=per_channel(raw, "image_mean", cls.mean),
             std=per_channel(raw, "image_std", cls.std),
         )
+
+    def at_most(self, patches: int) -> ImageConfig:
+        """These limits, lowered where an image could make more than `patches` patches."""
+        most = patches * self.patch_size**2
+        if self.max_pixels <= most:
+            return self
+        # Sides are rounded up when an image grows, so the smallest area keeps well below.
+        return replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
 
     @property
     def patch_dim(self) -> int:
