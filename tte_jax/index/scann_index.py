@@ -152,16 +152,14 @@ class ScannIndex:
         self.live = live
 
     def jobs(self) -> Sequence[Job]:
-        rebuild = Job("rebuild", self._rebuild_due, self._rebuild_if_free)
         return (
-            rebuild,
+            Job("rebuild", self._rebuild_due, self._rebuild_if_free),
             Job("snapshot", self._snapshot_due, self.snapshot),
             Job(
                 "recall",
                 lambda: self.live.needs_recall_check(),
                 lambda: self.live.measure_recall(),
             ),
-            rebuild,
         )
 
     @property
