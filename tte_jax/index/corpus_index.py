@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +77,8 @@ class CorpusIndex:
             raise
         self._write_lock = threading.Lock()
         self._promote_lock = threading.Lock()
+        # What a promotion prepared that a write then forestalled, and of which re-embedding.
+        self._prepared: tuple[str, Any] | None = None
         self._closed = False
         # Only a process that died leaves garbage; listing an object store costs money.
         self._garbage_due = isinstance(self.media, LocalMedia)
@@ -289,6 +292,8 @@ class CorpusIndex:
           max_media_bytes: fewer documents come when the media together are larger.
         """
         self.staging.begin(embedder_version, restart=restart)
+        if restart:
+            self._prepared = None
         ids = self.staging.pending(limit, after)
         if max_media_bytes is not None:
             rows = self.store.documents(ids)
@@ -300,7 +305,9 @@ class CorpusIndex:
         """Serve the staged vectors instead of the present ones (blue/green).
 
         Their index is built while the old one serves; then, in one step, the database and the
-        index change over. Writes wait for that step, searches do not.
+        index change over. Writes wait for that step, searches do not. Where a document was written
+        while the index was built, that is kept for the next call, which then takes no longer than
+        the step.
 
         Raises:
           PreconditionError: documents are without a staged vector (`REEMBEDDING_INCOMPLETE`), the
@@ -312,11 +319,18 @@ class CorpusIndex:
                 "the corpus is changing over to staged vectors already", reason="PROMOTE_RUNNING"
             )
         try:
-            self.staging.check_complete(embedder_version)
-            prepared = self.vectors.prepare()
+            run = self.staging.check_complete(embedder_version)
+            prepared, self._prepared = self._prepared, None
+            if prepared is None or prepared[0] != run:
+                prepared = None  # not two of them in memory
+                prepared = run, self.vectors.prepare()
             with self._write_lock:
-                promoted = self.staging.promote(embedder_version)
-                self.vectors.exchange(prepared, promoted, embedder_version)
+                try:
+                    promoted = self.staging.promote(embedder_version, run)
+                except BaseException:
+                    self._prepared = prepared
+                    raise
+                self.vectors.exchange(prepared[1], promoted, embedder_version)
                 sequence, documents = self.vectors.sequence, self.vectors.documents
         finally:
             self._promote_lock.release()
