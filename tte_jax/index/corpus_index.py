@@ -17,7 +17,7 @@ from tte_jax.corpus import garbage
 from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import CorpusProfile, Stored, validate, validate_id
 from tte_jax.corpus.staging import Staging, StagingState
-from tte_jax.corpus.store import MEDIA, CorpusStore
+from tte_jax.corpus.store import BORROWED_MEDIA, MEDIA, CorpusStore
 from tte_jax.errors import InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
 from tte_jax.index import consistency, documents, location
@@ -63,6 +63,8 @@ class CorpusIndex:
             # The default moves with the directory, so only another place is remembered.
             if media_uri not in (str(path / MEDIA), self.store.value("media_uri")):
                 self.store.set_value("media_uri", media_uri)
+            borrowed = self.store.value(BORROWED_MEDIA)
+            self._owns_media = self.media.uri.rstrip("/") != borrowed.rstrip("/")
             milvus = location.choose(self.store, index)
             self.vectors: VectorIndex = (
                 ScannIndex(self.store, config=config, snapshot_every=snapshot_every)
@@ -164,7 +166,8 @@ class CorpusIndex:
     def delete(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """Delete durably; returns (deleted ids, unknown ids). Unknown ids are no error.
 
-        Media that no other document names are deleted too.
+        Media that no other document names are deleted too, unless they are another corpus's, see
+        `backup.restore`.
         """
         for i, id in enumerate(ids):
             validate_id(id, f"ids[{i}]")
@@ -338,8 +341,13 @@ class CorpusIndex:
         return Promoted(sequence, documents, time.monotonic() - started)
 
     def collect_garbage(self) -> int:
-        """Remove media files that no document names, beside serving; returns how many."""
+        """Remove media files that no document names, beside serving; returns how many.
+
+        None where the media are another corpus's, see `backup.restore`.
+        """
         self._garbage_due = False
+        if not self._owns_media:
+            return 0
         return garbage.collect(
             self.store,
             self.media,
@@ -411,6 +419,8 @@ class CorpusIndex:
         ]
 
     def _drop_media(self, hashes: set[str]) -> None:
+        if not self._owns_media:
+            return
         # Losing this race with a crash leaves a file nobody names: harmless, so never an error.
         try:
             for sha256 in self.store.unreferenced(sorted(hashes)) if hashes else ():
