@@ -135,6 +135,26 @@ def test_an_emptied_corpus_may_change_its_dimension(open_index):
     assert [h.id for h in index.search(unit(1, 0, 0), 9)] == ["a"]
 
 
+def test_an_emptied_corpus_answers_another_embedder_s_queries_with_nothing(open_index):
+    index = open_index()
+    fill(index, 5)
+    index.delete([f"d{i:02d}" for i in range(4)])
+    with pytest.raises(PreconditionError):
+        index.search(unit(1, 0, 0), 9, embedder_version="e2")
+    index.delete(["d04"])
+    assert index.stats().embedder_version == ""
+    assert index.search(VECTORS[0], 9, embedder_version="e2") == []
+    assert index.search(unit(1, 0, 0), 9, embedder_version="e2") == []
+    index.snapshot()
+    fill(index, 5)
+    with pytest.raises(PreconditionError):
+        index.search(VECTORS[0], 9, embedder_version="e2")
+    assert index.search(VECTORS[0], 1, embedder_version="e1")[0].id == "d00"
+    assert index.verify() == []
+    index = open_index()
+    assert index.search(VECTORS[0], 1, embedder_version="e1")[0].id == "d00"
+
+
 def test_a_rebuild_and_a_snapshot_change_no_answer(open_index):
     index = open_index()
     fill(index)

@@ -159,7 +159,8 @@ class CorpusIndex:
             )
             # All entries have the corpus's; another one than before if the corpus was empty.
             self.vectors.embedder_version = entries[-1].embedder_version
-            self._drop_media(old)
+            # Also those of an entry that a later one of the same id replaced.
+            self._drop_media(old | hashes)
         self.maintenance.poke()
         return sequences[-1]
 
@@ -175,6 +176,8 @@ class CorpusIndex:
             media = self.store.media_of(ids)
             removed, unknown = self.store.delete(ids)
             self.vectors.apply(removed)
+            if self.store.profile is None:  # another embedder's queries are as good
+                self.vectors.embedder_version = ""
             self._drop_media(media)
         self.maintenance.poke()
         return [r.id for r in removed], unknown

@@ -147,6 +147,8 @@ class MilvusIndex:
         check_embedder(self._embedder_version, embedder_version)
         if collection is None or not len(queries):
             return [[] for _ in queries]
+        if queries.shape[1] != collection.dimension and self._store.profile is None:
+            return [[] for _ in queries]  # the emptied collection may be of any dimension
         check_dimension(queries, collection.dimension)
         condition = milvus_fields.expression(filter) if filter is not None else ""
         found = collection.search(queries, k, condition)
@@ -350,7 +352,7 @@ class MilvusIndex:
             if marker is not None:
                 self._generation = _number(marker.collection)
             if profile is None:
-                self._collection = None
+                self._collection, self._embedder_version = None, ""
                 self._sequence = self._marked = sequence
                 self._behind = False
                 return
