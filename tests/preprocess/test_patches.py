@@ -15,8 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as reference_resize,
 )
 
-from tte_jax.errors import InvalidInputError, NotFoundError, UnsupportedError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
 from tte_jax.preprocess.patches import ImageConfig, patchify, smart_resize
+from tte_jax.preprocess.video_config import VideoConfig
 
 
 def image(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -152,6 +153,22 @@ def test_from_dir_reads_what_the_reference_saves(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (nested / "processor_config.json").write_text(json.dumps({"image_processor": raw}))
     assert ImageConfig.from_dir(nested) == config
+
+
+@pytest.mark.parametrize("content", ['{"patch_size": 1', "[]", "", '{"size": [1]}'])
+def test_from_dir_names_a_torn_file(tmp_path: Path, content: str) -> None:
+    for config in (ImageConfig, VideoConfig):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(PreconditionError, match=tmp_path.name):
+            config.from_dir(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": []}')
+    assert ImageConfig.from_dir(tmp_path) == ImageConfig()
+    for content in ("[]", '{"image_processor": [1]}', '{"image_processor": "x"}'):
+        (tmp_path / "processor_config.json").write_text(content)
+        for config in (ImageConfig, VideoConfig):
+            with pytest.raises(PreconditionError, match=tmp_path.name):
+                config.from_dir(tmp_path)
 
 
 def test_from_dir_refuses_what_it_cannot_do(tmp_path: Path) -> None:
