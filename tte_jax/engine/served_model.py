@@ -32,6 +32,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 _HASH_WHOLE_BYTES = 64 * 2**20
 _HASH_BLOCK, _HASH_BLOCKS = 4096, 256
 
+_SLOW_TOKENIZER = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -157,7 +165,7 @@ def cached_media(load: LoadMedia, *, max_bytes: int = 64 * 2**20) -> LoadMedia:
 def fingerprint(directory: Path, prompts: str) -> str:
     """12 hex digits over everything in the directory that changes what the model answers."""
     digest = hashlib.sha256(f"prompts:{prompts};".encode())
-    for name in (
+    names = (
         "config.json",
         "generation_config.json",  # has the tokens that end a text
         "tte.json",
@@ -165,7 +173,11 @@ def fingerprint(directory: Path, prompts: str) -> str:
         "preprocessor_config.json",
         "video_preprocessor_config.json",
         "processor_config.json",
-    ):
+    )
+    # Beside tokenizer.json they hold next to nothing; to count them there would change versions.
+    if not (directory / "tokenizer.json").is_file():
+        names += _SLOW_TOKENIZER
+    for name in names:
         file = directory / name
         if file.is_file():
             digest.update(f"{name}:{hashlib.sha256(file.read_bytes()).hexdigest()};".encode())
