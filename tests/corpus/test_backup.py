@@ -101,6 +101,31 @@ def test_media_elsewhere_on_disk_are_copied_and_those_of_an_object_store_are_nam
         again.close()
 
 
+def test_a_restored_corpus_removes_no_media_of_the_first_one(tmp_path: Path) -> None:
+    uri = f"memory://own-{tmp_path.name}"
+    first = CorpusIndex.open(tmp_path / "corpus", media_uri=uri)
+    fill(first)
+    backup(tmp_path / "corpus", tmp_path / "backup")
+    first.upsert([make_entry("later", unit(1, 0), image=b"later")])
+    restore(tmp_path / "backup", tmp_path / "again")
+    again = CorpusIndex.open(tmp_path / "again")
+    again.delete(["a", "b"])
+    assert again.collect_garbage() == 0
+    assert [d.content.media[0].data for d in first.get(["b", "later"]) if d] == [b"one", b"later"]
+    assert first.verify() == []
+    again.close()
+    # Nor when the same place is spelt otherwise; with media of its own it tidies up again.
+    again = CorpusIndex.open(tmp_path / "again", media_uri=f"{uri}/")
+    assert again.collect_garbage() == 0
+    again.close()
+    again = CorpusIndex.open(tmp_path / "again", media_uri=f"{uri}-copy")
+    again.upsert([make_entry("own", unit(1, 0), image=b"own")])
+    again.delete(["own"])
+    assert list(again.media.keys()) == []
+    again.close()
+    first.close()
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     index = CorpusIndex.open(tmp_path / "corpus")
     fill(index)

@@ -6,6 +6,7 @@ import pytest
 
 from tte_jax.engine.buckets import (
     DISPATCH_TOKENS,
+    FULL,
     MINI,
     cheapest,
     longest,
@@ -25,6 +26,14 @@ def test_smallest_rung_and_its_limit():
         smallest(129, (64, 128), what="prompt")
     assert caught.value.reason == "TOO_LONG"
     assert caught.value.metadata["limit"] == "128"
+
+
+def test_an_image_fits_the_largest_row_and_half_of_every_sequence():
+    assert [FULL.image_patches(r, 4) for r in ("reasoner", "embedder")] == [4096, 4096]
+    assert FULL.image_patches("reranker", 4) == 2048
+    assert MINI.image_patches("embedder", 4) == 64
+    assert FULL.replace({"embed": [[1, 512]]}).image_patches("reasoner", 4) == 1024
+    assert FULL.replace({"images": []}).image_patches("embedder", 4) == 0
 
 
 LADDER = ((1, 80), (16, 64), (2, 256))

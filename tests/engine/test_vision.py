@@ -44,6 +44,23 @@ def test_packed_images_of_unequal_sizes_equal_single_ones(encoder):
     assert np.abs(packed["1"] - packed["5"]).max() > 1e-3
 
 
+def test_a_broken_image_spoils_no_neighbour_and_is_not_kept(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "cache", ByteLru(2**20, lambda x: x.nbytes))
+    good = [image(i, 56, 56) for i in range(3)]
+    broken = ImageInput("broken", np.full_like(good[0].patches, np.nan), good[0].grid)
+    assert len(pack_images([*good, broken], [64])) == 1
+    # A row of 64 patches alone: there the four stand together.
+    monkeypatch.setattr(encoder, "_shapes", ((1, 64), (2, 64)))
+    found, _ = encoder.features([good[0], broken, *good[1:]])
+    assert not np.isfinite(found["broken"]).any()
+    for one in good:
+        assert np.isfinite(found[one.key]).all()
+        assert encoder.cache.get(one.key) is found[one.key]
+    assert encoder.cache.get("broken") is None
+    _, cached = encoder.features([*good, broken])
+    assert cached == {"0", "1", "2"}
+
+
 def test_packing_fills_rows_and_never_splits_an_image():
     images = [
         ImageInput(str(i), np.zeros((n, 1), np.float32), (1, n // 2, 2))

@@ -135,6 +135,26 @@ def test_an_emptied_corpus_may_change_its_dimension(open_index):
     assert [h.id for h in index.search(unit(1, 0, 0), 9)] == ["a"]
 
 
+def test_an_emptied_corpus_answers_another_embedder_s_queries_with_nothing(open_index):
+    index = open_index()
+    fill(index, 5)
+    index.delete([f"d{i:02d}" for i in range(4)])
+    with pytest.raises(PreconditionError):
+        index.search(unit(1, 0, 0), 9, embedder_version="e2")
+    index.delete(["d04"])
+    assert index.stats().embedder_version == ""
+    assert index.search(VECTORS[0], 9, embedder_version="e2") == []
+    assert index.search(unit(1, 0, 0), 9, embedder_version="e2") == []
+    index.snapshot()
+    fill(index, 5)
+    with pytest.raises(PreconditionError):
+        index.search(VECTORS[0], 9, embedder_version="e2")
+    assert index.search(VECTORS[0], 1, embedder_version="e1")[0].id == "d00"
+    assert index.verify() == []
+    index = open_index()
+    assert index.search(VECTORS[0], 1, embedder_version="e1")[0].id == "d00"
+
+
 def test_a_rebuild_and_a_snapshot_change_no_answer(open_index):
     index = open_index()
     fill(index)
@@ -181,6 +201,58 @@ def test_another_embedder_s_vectors_change_over_with_writes_in_between(open_inde
     index = open_index()
     assert index.search(after[3], 20) == hits
     assert Staging(index.store).state().staged == 0
+
+
+def test_a_write_that_forestalls_a_promotion_costs_no_second_index(open_index):
+    index = open_index()
+    fill(index, 12)
+    after = random_units(RNG, 12, 5)
+    prepare, prepares = index.vectors.prepare, []
+
+    def stage(version: str, **options) -> None:
+        documents, _ = index.pending(version, limit=64, **options)
+        made = [StagedVector(d.id, d.sequence, after[int(d.id[1:])]) for d in documents]
+        assert index.staging.put(version, made) == []
+
+    def counted():
+        prepared = prepare()
+        prepares.append(prepared)
+        index.upsert([make_entry("d04", VECTORS[20])])  # each time; only the first promotion asks
+        return prepared
+
+    def forestalled(version: str) -> None:
+        with pytest.raises(PreconditionError) as caught:
+            index.promote(version)
+        assert caught.value.reason == "REEMBEDDING_INCOMPLETE"
+
+    index.vectors.prepare = counted
+    stage("e2")
+    forestalled("e2")
+    # Begun anew, for the same embedder: the first vectors must not come back.
+    after[:] = after[::-1]
+    stage("e2", restart=True)
+    forestalled("e2")
+    assert len(prepares) == 2
+    index.delete(["d03"])
+    index.rebuild()
+    stage("e2")
+    # Staged once more, by a second run: what was prepared stays right.
+    rows = index.store.documents(["d05"])
+    index.staging.put("e2", [StagedVector("d05", rows["d05"].sequence, after[0])])
+    assert index.promote("e2").documents == 11
+    assert not index.vectors.work_due  # nothing had to be made again
+    assert len(prepares) == 2
+    assert index.verify() == []
+    for n in (4, 5, 7):
+        assert index.search(after[n], 1, embedder_version="e2")[0].id == f"d{n:02d}"
+    assert len(index.search(after[3], 20)) == 11
+    # The next re-embedding has an index of its own.
+    index.vectors.prepare = prepare
+    stage("e3")
+    index.promote("e3")
+    assert index.verify() == []
+    index = open_index()
+    assert index.search(after[7], 1, embedder_version="e3")[0].id == "d07"
 
 
 def test_the_index_of_a_corpus_with_documents_is_not_exchanged_by_a_flag(open_index, tmp_path):

@@ -88,6 +88,9 @@ def test_media_live_as_long_as_a_document_names_them(index, tmp_path):
     assert _media_files(index, tmp_path) == {two}
     index.delete(["b"])
     assert _media_files(index, tmp_path) == set()
+    # The last entry of an id wins.
+    index.upsert([make_entry("b", unit(0, 1), image=data) for data in (b"one", b"three", b"two")])
+    assert _media_files(index, tmp_path) == {two}
 
 
 def test_media_left_by_a_process_that_died_are_removed_after_the_next_start(tmp_path, index):

@@ -219,6 +219,17 @@ def test_absent_and_damaged_files(copy: Callable[[str, bool], Path], tmp_path: P
         tte_jax.load_model(path)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"'])
+def test_torn_configurations_are_named(
+    copy: Callable[[str, bool], Path], file: str, content: str
+) -> None:
+    path = copy("qwen3", True)
+    (path / file).write_text(content)
+    with pytest.raises(PreconditionError, match=rf"/{file}'"):
+        tte_jax.load_model(path)
+
+
 @pytest.mark.parametrize("key", ["rms_norm_eps", "num_key_value_heads", "vocab_size"])
 def test_missing_config_keys_are_named(copy: Callable[[str, bool], Path], key: str) -> None:
     path = copy("qwen3", True)

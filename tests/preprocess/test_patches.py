@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -15,8 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as reference_resize,
 )
 
-from tte_jax.errors import InvalidInputError, NotFoundError, UnsupportedError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
 from tte_jax.preprocess.patches import ImageConfig, patchify, smart_resize
+from tte_jax.preprocess.video_config import VideoConfig
 
 
 def image(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -96,6 +97,21 @@ def test_smart_resize_is_the_reference(
     assert ours == reference_resize(height, width, factor, low, low + more)
 
 
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    patches=st.integers(800, 5000),
+    low=st.integers(1, 28 * 28 * 1280),
+)
+def test_a_bound_on_patches_holds(height: int, width: int, patches: int, low: int) -> None:
+    assume(max(height, width) <= 200 * min(height, width))
+    config = ImageConfig(min_pixels=low, max_pixels=28 * 28 * 16384).at_most(patches)
+    new = smart_resize(height, width, 28, config.min_pixels, config.max_pixels)
+    assert new[0] * new[1] <= patches * 14 * 14
+    small = ImageConfig(max_pixels=800 * 14 * 14)
+    assert small.at_most(patches) is small
+
+
 def test_too_elongated_is_an_input_error() -> None:
     with pytest.raises(InvalidInputError, match="1001 x 5") as caught:
         patchify(image(1001, 5), ImageConfig(), field="a.parts[0]")
@@ -137,6 +153,22 @@ def test_from_dir_reads_what_the_reference_saves(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (nested / "processor_config.json").write_text(json.dumps({"image_processor": raw}))
     assert ImageConfig.from_dir(nested) == config
+
+
+@pytest.mark.parametrize("content", ['{"patch_size": 1', "[]", "", '{"size": [1]}'])
+def test_from_dir_names_a_torn_file(tmp_path: Path, content: str) -> None:
+    for config in (ImageConfig, VideoConfig):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(PreconditionError, match=tmp_path.name):
+            config.from_dir(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": []}')
+    assert ImageConfig.from_dir(tmp_path) == ImageConfig()
+    for content in ("[]", '{"image_processor": [1]}', '{"image_processor": "x"}'):
+        (tmp_path / "processor_config.json").write_text(content)
+        for config in (ImageConfig, VideoConfig):
+            with pytest.raises(PreconditionError, match=tmp_path.name):
+                config.from_dir(tmp_path)
 
 
 def test_from_dir_refuses_what_it_cannot_do(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models
 
 from tests.preprocess.conftest import CONTROLS
-from tte_jax.errors import NotFoundError, PreconditionError, UnsupportedError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
 from tte_jax.preprocess.tokenizer import Tokenizer
 
 
@@ -117,8 +118,6 @@ def test_names_of_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_directory_without_tokenizer_json(tokenizer_dirs: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     source = tokenizer_dirs["plain"]
     shutil.copy(source.parent / "vocab.json", tmp_path)
     shutil.copy(source.parent / "merges.txt", tmp_path)
@@ -126,6 +125,27 @@ def test_directory_without_tokenizer_json(tokenizer_dirs: dict[str, Path], tmp_p
     converted = Tokenizer.from_dir(tmp_path)
     text = "a smiling cat"
     assert converted.encode(text) == Tokenizer.from_dir(source).encode(text)
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff<|im_end|>", "<think>\ud800</think>"])
+def test_what_is_no_unicode_is_an_input_error(tokenizer: Tokenizer, text: str) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_tagged):
+        with pytest.raises(InvalidInputError, match="surrogate"):
+            encode(text)
+
+
+@pytest.mark.parametrize("content", [b'{"version": "1.0", "mod', b"{}", b"[]", b"\xff\xfe", b""])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_torn_files_are_named(
+    tokenizer_dirs: dict[str, Path], tmp_path: Path, file: str, content: bytes
+) -> None:
+    if (file, content) == ("tokenizer_config.json", b"{}"):
+        return  # names no roles, which is allowed
+    directory = shutil.copytree(tokenizer_dirs["plain"], tmp_path / "model")
+    (directory / file).write_bytes(content)
+    with pytest.raises(PreconditionError, match=file) as caught:
+        Tokenizer.from_dir(directory)
+    assert caught.value.reason == "BAD_MODEL_FILE"
 
 
 def test_wrong_directories(tmp_path: Path) -> None:

@@ -269,6 +269,14 @@ def test_what_is_no_video(data: bytes, reason: str) -> None:
     assert caught.value.field == "c.parts[0].video.data"
 
 
+def test_a_video_of_an_unknown_codec() -> None:
+    data = movie(5, kind="matroska").replace(b"V_MPEG4/ISO/ASP", b"V_UNKNOWN/CODEC")
+    with pytest.raises(InvalidInputError, match="codec") as caught:
+        load_video(data, VideoConfig(), field="c.parts[0].video.data")
+    assert caught.value.reason == "UNREADABLE_VIDEO"
+    assert caught.value.field == "c.parts[0].video.data"
+
+
 def test_a_video_cut_short() -> None:
     whole = movie(60, kind="matroska")
     with pytest.raises(InvalidInputError) as caught:

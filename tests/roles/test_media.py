@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +15,7 @@ from tests.preprocess.test_video import movie
 from tte.v1 import content_pb2
 from tte_jax.codec.contents import decode_content
 from tte_jax.content import Side
+from tte_jax.engine.served_model import open_model
 from tte_jax.errors import InvalidInputError, UnsupportedError
 from tte_jax.stages import EmbedItem
 
@@ -35,6 +40,29 @@ def test_a_video_of_any_length_fits_what_is_served(frames: int) -> None:
     assert embedder.vision is not None
     assert 0 < sum(len(i.patches) for i in job.input.images) <= embedder.vision.max_patches
     assert np.isfinite(embedder.embed([item(video=content_pb2.Video(data=movie(frames)))])).all()
+
+
+@pytest.mark.parametrize("width, height", [(9, 7), (300, 200), (1240, 1754), (1500, 300)])
+def test_a_picture_of_any_size_fits_what_is_served(tmp_path: Path, width: int, height: int) -> None:
+    directory = shutil.copytree(tiny_models.vl_dir(), tmp_path / "model")
+    processor = directory / "preprocessor_config.json"
+    published = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | published))
+    data = tiny_models.png(0, width, height)
+    spec = json.loads((directory / "tte.json").read_text())
+    # Once the row of patches decides, once half of the sequence's 32 tokens.
+    for images, embed, most in ((64, 64, 64), (1024, 32, 64)):
+        spec["buckets"] |= {"images": [[1, images]], "embed": [[1, embed]]}
+        (directory / "tte.json").write_text(json.dumps(spec))
+        counts = set()
+        for role in ("reasoner", "embedder"):
+            prompts = open_model(directory, role=role).prompts
+            content = item(image=content_pb2.Image(data=data)).content
+            prompt = prompts.embed(EmbedItem(content, Side.DOCUMENT))
+            assert len(prompt.ids) <= embed
+            counts.add(sum(len(patches) for patches, _ in prompt.images))
+        (count,) = counts
+        assert 0 < count <= most
 
 
 def test_bad_media_name_their_field() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests import tiny_models
 from tte_jax.embedder import Embedder
 from tte_jax.engine.buckets import FULL, MINI
-from tte_jax.engine.served_model import open_model
+from tte_jax.engine.served_model import fingerprint, open_model
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
 from tte_jax.reasoner import Reasoner
 from tte_jax.reranker import Reranker
@@ -87,3 +87,18 @@ def test_the_version_follows_content_and_not_place(copy):
     assert other_stop != here
     edit(copy / "preprocessor_config.json", max_pixels=28 * 28)
     assert open_model(copy, role="embedder").version not in (here, other_stop)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json",
+     "special_tokens_map.json"],
+)  # fmt: skip
+def test_the_files_of_a_slow_tokenizer_count_where_they_are_read(copy, file):
+    before = fingerprint(copy, "mini")
+    (copy / file).write_text("{}")
+    assert fingerprint(copy, "mini") == before
+    (copy / "tokenizer.json").unlink()
+    slow = fingerprint(copy, "mini")
+    (copy / file).write_text('{"a": 1}')
+    assert fingerprint(copy, "mini") not in (before, slow)

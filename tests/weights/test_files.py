@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tte_jax.errors import DataLossError
+from tte_jax.errors import DataLossError, PreconditionError
 from tte_jax.weights import files
 from tte_jax.weights.table import Entry
 
@@ -71,6 +72,30 @@ def test_reading_holds_one_piece_besides_its_target(
     finally:
         tracemalloc.stop()
     assert 4 * 2**15 <= peak < 4 * 4 * 2**15
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path, with_index: bool) -> None:
+    one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"model.norm.weight": np.zeros(2, np.float32)}, one)
+    # Another name of the same tensor.
+    save_file({"model.language_model.norm.weight": np.ones(2, np.float32)}, two)
+    names = {"model.norm.weight": one.name, "model.language_model.norm.weight": two.name}
+    if with_index:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(PreconditionError) as caught:
+        files.tensors(tmp_path)
+    assert caught.value.reason == "MODEL_WEIGHTS_MISMATCH"
+    assert all(str(x) in caught.value.message for x in (one, two, *names))
+
+
+@pytest.mark.parametrize("content", ['{"weight', "", "[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_a_torn_index_is_named(tmp_path: Path, content: str) -> None:
+    save_file({"w": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(PreconditionError, match=r"model\.safetensors\.index\.json"):
+        files.tensors(tmp_path)
 
 
 def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:

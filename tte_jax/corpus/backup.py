@@ -1,8 +1,9 @@
 """A corpus as a folder that can be carried away, made while the corpus is served.
 
 `corpus.sqlite3` (one consistent state), `media/` and `manifest.json`. Snapshots of the index are
-not in it: they are made again. Media on an object store stay there and are named in the manifest. A
-backup and a restored corpus appear under their names whole or not at all.
+not in it: they are made again. Media on an object store stay there and are named in the manifest; a
+corpus restored from them reads them and removes none, see `restore`. A backup and a restored corpus
+appear under their names whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from tte_jax.corpus.durable import fsync_directory, fsync_file, write_atomically
 from tte_jax.corpus.faults import translated
 from tte_jax.corpus.media import LocalMedia, MediaStore, open_media
-from tte_jax.corpus.store import DATABASE, LOCK, MEDIA, CorpusStore
+from tte_jax.corpus.store import BORROWED_MEDIA, DATABASE, LOCK, MEDIA, CorpusStore
 from tte_jax.errors import DataLossError, NotFoundError, PreconditionError
 
 FORMAT = 1
@@ -95,6 +96,11 @@ def backup(corpus: Path, target: Path) -> Backup:
 def restore(source: Path, corpus: Path) -> Backup:
     """Make the corpus directory `corpus`, which must not exist yet, from a backup.
 
+    Media on an object store are not copied: they are the first corpus's, which may still be served.
+    The new corpus therefore never removes a file there, neither with its document nor as garbage,
+    while the first one may, also what the new one put there. To have media of its own, copy the
+    objects and open it with their `media_uri`.
+
     Raises:
       NotFoundError: there is no backup at `source`.
       PreconditionError: there is a corpus already, or a newer program made the backup.
@@ -119,6 +125,8 @@ def restore(source: Path, corpus: Path) -> Backup:
         with closing(CorpusStore.open(folder)) as store:  # migrates, and refuses what is no corpus
             # A corpus of its own: beside the first one it must not write into the same collections.
             store.set_value("corpus_id", uuid.uuid4().hex)
+            if made.media_uri:
+                store.set_value(BORROWED_MEDIA, made.media_uri)
         (folder / LOCK).unlink()
     return made
 

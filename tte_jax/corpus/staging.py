@@ -8,6 +8,7 @@ so re-embedding goes on where it stopped. `promote` exchanges all vectors in one
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from tte_jax.corpus.store import CorpusStore
 from tte_jax.errors import InvalidInputError, PreconditionError
 from tte_jax.stages import StagedVector
 
-_VERSION, _DIMENSION = "staged_embedder", "staged_dimension"
+_VERSION, _DIMENSION, _RUN = "staged_embedder", "staged_dimension", "staged_run"
 _VALID = (
     "FROM documents AS d {join} staged AS s ON s.document_id = d.id AND s.sequence = d.sequence "
 )
@@ -65,6 +66,7 @@ class Staging:
             if restart or not current:
                 _forget(db)
                 rows.set_value(db, _VERSION, embedder_version)
+                rows.set_value(db, _RUN, uuid.uuid4().hex)
             elif current != embedder_version:
                 raise PreconditionError(
                     f"a re-embedding for {current!r} has begun; finish it, or restart with "
@@ -99,6 +101,9 @@ class Staging:
     def put(self, embedder_version: str, vectors: Sequence[StagedVector]) -> list[str]:
         """Keep vectors durably; returns the ids whose document is another one now, or gone.
 
+        The first vector of a document stays until the document changes, since an index of it may
+        be prepared; `begin` with `restart` gives it up.
+
         Raises:
           InvalidInputError: a vector that is not finite and normalised.
           PreconditionError: they are of another embedder than `begin` said, or of another
@@ -121,8 +126,10 @@ class Staging:
                         actual=len(one.vector),
                     )
                 stored = db.execute(
-                    "INSERT OR REPLACE INTO staged SELECT id, sequence, ? FROM documents "
-                    "WHERE id = ? AND sequence = ?",
+                    "INSERT INTO staged SELECT id, sequence, ? FROM documents "
+                    "WHERE id = ? AND sequence = ? ON CONFLICT (document_id) DO UPDATE SET "
+                    "vector = iif(sequence = excluded.sequence, vector, excluded.vector), "
+                    "sequence = excluded.sequence",
                     (encode_vector(one.vector), one.id, one.sequence),
                 ).rowcount
                 if not stored:
@@ -139,23 +146,34 @@ class Staging:
             for id, sequence, raw in db.execute(query):
                 yield StagedVector(id, sequence, decode_vector(raw, dimension, id))
 
-    def check_complete(self, embedder_version: str) -> None:
-        """Raise as `promote` would; changes nothing."""
+    def check_complete(self, embedder_version: str) -> str:
+        """Raise as `promote` would; changes nothing. Returns what names this re-embedding: begun
+        anew, it is another one."""
         with self._store.reader() as db:
             _check_complete(db, embedder_version)
+            return rows.text(db, _RUN)
 
-    def promote(self, embedder_version: str) -> dict[str, tuple[int, int]]:
+    def promote(self, embedder_version: str, run: str | None = None) -> dict[str, tuple[int, int]]:
         """Make the staged vectors the corpus's, all in one transaction.
 
         Every document gets a new sequence number, so that replay brings every index over.
         Returns id → (sequence before, sequence now).
 
+        Args:
+          run: what `check_complete` said before their index was made; None = any.
+
         Raises:
-          PreconditionError: documents are pending (`REEMBEDDING_INCOMPLETE`), or another embedder
-            was begun, or none.
+          PreconditionError: documents are pending or it was begun anew since `run`
+            (`REEMBEDDING_INCOMPLETE`), or another embedder was begun, or none.
         """
         with self._store.transaction() as db:
             _check_complete(db, embedder_version)
+            if run is not None and run != rows.text(db, _RUN):
+                raise PreconditionError(
+                    f"the re-embedding for {embedder_version!r} was begun anew while the index of "
+                    "its first vectors was made; promote again",
+                    reason="REEMBEDDING_INCOMPLETE",
+                )
             first = rows.number(db, "sequence") + 1
             before = db.execute("SELECT id, sequence FROM documents ORDER BY id").fetchall()
             dimension = int(rows.text(db, _DIMENSION) or 0)
@@ -195,4 +213,4 @@ def _expect(current: str, actual: str) -> None:
 
 def _forget(db: sqlite3.Connection) -> None:
     db.execute("DELETE FROM staged")
-    db.execute("DELETE FROM corpus WHERE key IN (?, ?)", (_VERSION, _DIMENSION))
+    db.execute("DELETE FROM corpus WHERE key IN (?, ?, ?)", (_VERSION, _DIMENSION, _RUN))

@@ -50,6 +50,8 @@ __all__ = [
 DATABASE = "corpus.sqlite3"
 MEDIA = "media"
 LOCK = "corpus.lock"
+BORROWED_MEDIA = "borrowed_media"
+"""Where the corpus may read media but not remove any: they are another corpus's (`restore`)."""
 _SNAPSHOTS = "snapshots"
 _PAGE = 1000
 

@@ -89,6 +89,24 @@ class Buckets:
         """S of the decode cache: the longest prompt and the largest budget."""
         return self.longest_prompt + self.new_tokens
 
+    def image_patches(self, role: str, merged: int) -> int:
+        """The most patches that one image or video may make; 0 = no row of `images` is served.
+
+        It fits the largest row, and half of the sequence that must hold its tokens: the other half
+        is for text, an ECR and further images. Reasoner and embedder have one bound, since a
+        unified model embeds what the reasoner read.
+
+        Args:
+          role: one of `served_model.ROLES`.
+          merged: patches of one token.
+        """
+        if role == "reranker":
+            sequences = (max(self.prefix, default=0), longest(self.score))
+        else:
+            sequences = (self.longest_prompt, longest(self.embed))
+        room = [tokens // 2 * merged for tokens in sequences if tokens]
+        return min([longest(self.images), *room])
+
     def replace(self, changes: Mapping[str, Any]) -> Buckets:
         """A copy with the given entries, as they stand in a model's `tte.json` (lists of lists).
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tte_jax.content import Media
-from tte_jax.engine.buckets import FULL, MINI, Buckets, longest
+from tte_jax.engine.buckets import FULL, MINI, Buckets
 from tte_jax.engine.cache import ByteLru
 from tte_jax.engine.layout import ONE_DEVICE, Layout
 from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError
@@ -31,6 +31,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 # samples, enough to tell two trainings of one architecture apart.
 _HASH_WHOLE_BYTES = 64 * 2**20
 _HASH_BLOCK, _HASH_BLOCKS = 4096, 256
+
+_SLOW_TOKENIZER = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -114,11 +122,13 @@ def open_model(
     if buckets is None and "buckets" in spec:
         ladder = ladder.replace(spec["buckets"])
     if prompts.image_config is not None:
-        # A video is made to fit the largest row of patches, whatever its length.
-        video = prompts.video_config
-        if video is not None and not video.max_patches and ladder.images:
-            video = replace(video, max_patches=longest(ladder.images))
-        prompts.load = cached_media(media_loader(prompts.image_config, video))
+        # What is sent is made to fit what is served, whatever its size or length.
+        image, video = prompts.image_config, prompts.video_config
+        if patches := ladder.image_patches(role, image.merge_size**2):
+            prompts.image_config = image = image.at_most(patches)
+            if video is not None and not video.max_patches:
+                video = replace(video, max_patches=patches)
+        prompts.load = cached_media(media_loader(image, video))
     name = str(spec.get("name") or path.name)
     layout = Layout(mesh, rules or Rules())
     placed = None if mesh is None else sharding_of(mesh, layout.rules)
@@ -155,7 +165,7 @@ def cached_media(load: LoadMedia, *, max_bytes: int = 64 * 2**20) -> LoadMedia:
 def fingerprint(directory: Path, prompts: str) -> str:
     """12 hex digits over everything in the directory that changes what the model answers."""
     digest = hashlib.sha256(f"prompts:{prompts};".encode())
-    for name in (
+    names = (
         "config.json",
         "generation_config.json",  # has the tokens that end a text
         "tte.json",
@@ -163,7 +173,11 @@ def fingerprint(directory: Path, prompts: str) -> str:
         "preprocessor_config.json",
         "video_preprocessor_config.json",
         "processor_config.json",
-    ):
+    )
+    # Beside tokenizer.json they hold next to nothing; to count them there would change versions.
+    if not (directory / "tokenizer.json").is_file():
+        names += _SLOW_TOKENIZER
+    for name in names:
         file = directory / name
         if file.is_file():
             digest.update(f"{name}:{hashlib.sha256(file.read_bytes()).hexdigest()};".encode())

@@ -96,7 +96,10 @@ class VisionEncoder:
                 raise _too_large(len(image.patches), self.max_patches, field)
 
     def features(self, images: Iterable[ImageInput]) -> tuple[dict[str, np.ndarray], set[str]]:
-        """Features [v, D] by image key, and the keys that came from the cache."""
+        """Features [v, D] by image key, and the keys that came from the cache.
+
+        An image whose features are not finite spoils those of no other and is not kept.
+        """
         found: dict[str, np.ndarray] = {}
         missing: dict[str, ImageInput] = {}
         for image in images:
@@ -108,14 +111,22 @@ class VisionEncoder:
             else:
                 found[image.key] = value
         cached = set(found)
-        packs = pack_images(list(missing.values()), (p for _, p in self._shapes))
+        sizes = [p for _, p in self._shapes]
+        packs = pack_images(list(missing.values()), sizes)
+        self._encode(packs, found)
+        # In a row 0 * NaN is NaN, whatever is masked; each by itself, only the broken one stays so.
+        shared = [image for pack in packs if len(pack.images) > 1 for image in pack.images]
+        spoilt = [image for image in shared if not np.isfinite(found[image.key]).all()]
+        self._encode([pack for image in spoilt for pack in pack_images([image], sizes)], found)
+        return found, cached
+
+    def _encode(self, packs: Sequence[Pack], found: dict[str, np.ndarray]) -> None:
         for size in sorted({p.size for p in packs}):
             rows = [p for p in packs if p.size == size]
             while rows:
                 shape = cheapest(len(rows), size, self._shapes)
                 self._run(shape, rows[: shape[0]], found)
                 rows = rows[shape[0] :]
-        return found, cached
 
     def _run(self, shape: Shape, packs: Sequence[Pack], found: dict[str, np.ndarray]) -> None:
         g, p = shape
@@ -137,7 +148,8 @@ class VisionEncoder:
             for image in pack.images:
                 end = at + len(image.patches) // merged
                 found[image.key] = value = out[row, at:end].copy()
-                self.cache.put(image.key, value)
+                if np.isfinite(value).all():
+                    self.cache.put(image.key, value)
                 at = end
 
 

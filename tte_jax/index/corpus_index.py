@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from tte_jax.corpus import garbage
 from tte_jax.corpus.media import LocalMedia, open_media
 from tte_jax.corpus.records import CorpusProfile, Stored, validate, validate_id
 from tte_jax.corpus.staging import Staging, StagingState
-from tte_jax.corpus.store import MEDIA, CorpusStore
+from tte_jax.corpus.store import BORROWED_MEDIA, MEDIA, CorpusStore
 from tte_jax.errors import InvalidInputError, PreconditionError, TteError
 from tte_jax.filters import Filter
 from tte_jax.index import consistency, documents, location
@@ -62,6 +63,8 @@ class CorpusIndex:
             # The default moves with the directory, so only another place is remembered.
             if media_uri not in (str(path / MEDIA), self.store.value("media_uri")):
                 self.store.set_value("media_uri", media_uri)
+            borrowed = self.store.value(BORROWED_MEDIA)
+            self._owns_media = self.media.uri.rstrip("/") != borrowed.rstrip("/")
             milvus = location.choose(self.store, index)
             self.vectors: VectorIndex = (
                 ScannIndex(self.store, config=config, snapshot_every=snapshot_every)
@@ -76,6 +79,8 @@ class CorpusIndex:
             raise
         self._write_lock = threading.Lock()
         self._promote_lock = threading.Lock()
+        # What a promotion prepared that a write then forestalled, and of which re-embedding.
+        self._prepared: tuple[str, Any] | None = None
         self._closed = False
         # Only a process that died leaves garbage; listing an object store costs money.
         self._garbage_due = isinstance(self.media, LocalMedia)
@@ -154,14 +159,16 @@ class CorpusIndex:
             )
             # All entries have the corpus's; another one than before if the corpus was empty.
             self.vectors.embedder_version = entries[-1].embedder_version
-            self._drop_media(old)
+            # Also those of an entry that a later one of the same id replaced.
+            self._drop_media(old | hashes)
         self.maintenance.poke()
         return sequences[-1]
 
     def delete(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """Delete durably; returns (deleted ids, unknown ids). Unknown ids are no error.
 
-        Media that no other document names are deleted too.
+        Media that no other document names are deleted too, unless they are another corpus's, see
+        `backup.restore`.
         """
         for i, id in enumerate(ids):
             validate_id(id, f"ids[{i}]")
@@ -169,6 +176,8 @@ class CorpusIndex:
             media = self.store.media_of(ids)
             removed, unknown = self.store.delete(ids)
             self.vectors.apply(removed)
+            if self.store.profile is None:  # another embedder's queries are as good
+                self.vectors.embedder_version = ""
             self._drop_media(media)
         self.maintenance.poke()
         return [r.id for r in removed], unknown
@@ -289,6 +298,8 @@ class CorpusIndex:
           max_media_bytes: fewer documents come when the media together are larger.
         """
         self.staging.begin(embedder_version, restart=restart)
+        if restart:
+            self._prepared = None
         ids = self.staging.pending(limit, after)
         if max_media_bytes is not None:
             rows = self.store.documents(ids)
@@ -300,7 +311,9 @@ class CorpusIndex:
         """Serve the staged vectors instead of the present ones (blue/green).
 
         Their index is built while the old one serves; then, in one step, the database and the
-        index change over. Writes wait for that step, searches do not.
+        index change over. Writes wait for that step, searches do not. Where a document was written
+        while the index was built, that is kept for the next call, which then takes no longer than
+        the step.
 
         Raises:
           PreconditionError: documents are without a staged vector (`REEMBEDDING_INCOMPLETE`), the
@@ -312,11 +325,18 @@ class CorpusIndex:
                 "the corpus is changing over to staged vectors already", reason="PROMOTE_RUNNING"
             )
         try:
-            self.staging.check_complete(embedder_version)
-            prepared = self.vectors.prepare()
+            run = self.staging.check_complete(embedder_version)
+            prepared, self._prepared = self._prepared, None
+            if prepared is None or prepared[0] != run:
+                prepared = None  # not two of them in memory
+                prepared = run, self.vectors.prepare()
             with self._write_lock:
-                promoted = self.staging.promote(embedder_version)
-                self.vectors.exchange(prepared, promoted, embedder_version)
+                try:
+                    promoted = self.staging.promote(embedder_version, run)
+                except BaseException:
+                    self._prepared = prepared
+                    raise
+                self.vectors.exchange(prepared[1], promoted, embedder_version)
                 sequence, documents = self.vectors.sequence, self.vectors.documents
         finally:
             self._promote_lock.release()
@@ -324,8 +344,13 @@ class CorpusIndex:
         return Promoted(sequence, documents, time.monotonic() - started)
 
     def collect_garbage(self) -> int:
-        """Remove media files that no document names, beside serving; returns how many."""
+        """Remove media files that no document names, beside serving; returns how many.
+
+        None where the media are another corpus's, see `backup.restore`.
+        """
         self._garbage_due = False
+        if not self._owns_media:
+            return 0
         return garbage.collect(
             self.store,
             self.media,
@@ -397,6 +422,8 @@ class CorpusIndex:
         ]
 
     def _drop_media(self, hashes: set[str]) -> None:
+        if not self._owns_media:
+            return
         # Losing this race with a crash leaves a file nobody names: harmless, so never an error.
         try:
             for sha256 in self.store.unreferenced(sorted(hashes)) if hashes else ():

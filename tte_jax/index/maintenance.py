@@ -16,7 +16,7 @@ RETRY_S = 60.0
 
 
 class Job(NamedTuple):
-    """`run` is called again and again while `due()`; both may come from any thread."""
+    """`run` is called once in each pass in which it is `due()`; both may come from any thread."""
 
     name: str
     due: Callable[[], bool]
@@ -24,8 +24,9 @@ class Job(NamedTuple):
 
 
 class Maintenance:
-    """Runs jobs in their order whenever `poke` finds one due.
+    """Runs jobs in their order whenever `poke` finds one due, in passes until none is.
 
+    A job that is always due again, as a check of searches is under load, holds up no other.
     After a failure, which is logged and kept in `last_error`, nothing is tried for a minute.
     """
 
@@ -70,10 +71,13 @@ class Maintenance:
     def _work(self) -> None:
         now = ""
         try:
-            for job in self._jobs:
-                now = job.name
-                while not self._stopped and job.due():
-                    job.run()
+            while any(job.due() for job in self._jobs):
+                for job in self._jobs:
+                    now = job.name
+                    if self._stopped:
+                        return
+                    if job.due():
+                        job.run()
             self.last_error = ""
         except Exception as exc:
             log.exception("index maintenance failed: %s", now)

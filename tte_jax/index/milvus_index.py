@@ -80,6 +80,8 @@ class MilvusIndex:
         self._rebuild_lock = threading.Lock()
         self._embedder_version = ""
         self._collection: Collection | None = None
+        # The name of what `prepare` made, until it serves.
+        self._prepared = ""
         self._generation = 0
         self._sequence = 0
         self._marked = 0
@@ -145,6 +147,8 @@ class MilvusIndex:
         check_embedder(self._embedder_version, embedder_version)
         if collection is None or not len(queries):
             return [[] for _ in queries]
+        if queries.shape[1] != collection.dimension and self._store.profile is None:
+            return [[] for _ in queries]  # the emptied collection may be of any dimension
         check_dimension(queries, collection.dimension)
         condition = milvus_fields.expression(filter) if filter is not None else ""
         found = collection.search(queries, k, condition)
@@ -240,9 +244,11 @@ class MilvusIndex:
         """The staged vectors in a collection of their own."""
         collection: Collection | None = None
         sequences: dict[str, int] = {}
+        self._prepared = ""
         for page in pages(Staging(self._store).vectors(), PAGE):
             if collection is None:
                 collection = self._new_collection(len(page[0].vector))
+                self._prepared = collection.name
             now = {one.id: one.metadata for one in self._store.entries_of([s.id for s in page])}
             rows = [Stored(s.sequence, s.id, s.vector, now[s.id]) for s in page if s.id in now]
             write(collection, rows)
@@ -275,6 +281,8 @@ class MilvusIndex:
             except TteError as error:
                 # The database has changed over; the next search or write brings Milvus along.
                 log.warning("the new collection is not complete yet: %s", error.message)
+            finally:
+                self._prepared = ""
 
     def jobs(self) -> Sequence[Job]:
         due = lambda: self._sequence - self._marked >= self._snapshot_every  # noqa: E731
@@ -344,7 +352,7 @@ class MilvusIndex:
             if marker is not None:
                 self._generation = _number(marker.collection)
             if profile is None:
-                self._collection = None
+                self._collection, self._embedder_version = None, ""
                 self._sequence = self._marked = sequence
                 self._behind = False
                 return
@@ -383,11 +391,12 @@ class MilvusIndex:
 
     def _new_collection(self, dimension: int) -> Collection:
         number = self._generation + 1
+        serving = self._collection.name if self._collection is not None else ""
         while self._milvus.has(name := collection_name(self._store, number)):
-            # Left over from something that was interrupted.
-            if self._collection is not None and self._collection.name == name:
+            if name in (serving, self._prepared):
                 number += 1
                 continue
+            # Left over from something that was interrupted.
             self._milvus.drop(name)
         return self._milvus.collection(name, dimension)
 

@@ -82,7 +82,8 @@ class VectorIndex(Protocol):
         ...
 
     def prepare(self) -> Any:
-        """An index of the staged vectors, made beside serving; for `exchange`."""
+        """An index of the staged vectors, made beside serving; for the next `exchange`, until which
+        it stands whatever is written and rebuilt, unless another one is prepared."""
         ...
 
     def exchange(

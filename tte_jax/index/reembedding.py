@@ -15,12 +15,12 @@ from tte_jax.index.generation import Generation, Rows
 from tte_jax.index.live import IndexConfig, LiveIndex
 
 
-def build(store: CorpusStore, *, number: int, config: IndexConfig) -> Generation:
+def build(store: CorpusStore, *, config: IndexConfig) -> Generation:
     """The staged vectors as a generation; takes long, while the old one serves."""
     metadata = store.metadata()
     staged = [one for one in Staging(store).vectors() if one.id in metadata]
     if not staged:
-        return Generation(number, Rows.empty(), None, Columns([]))
+        return Generation(1, Rows.empty(), None, Columns([]))
     rows = Rows(
         ids=[one.id for one in staged],
         vectors=np.stack([one.vector for one in staged]),
@@ -29,7 +29,7 @@ def build(store: CorpusStore, *, number: int, config: IndexConfig) -> Generation
     )
     live = LiveIndex(rows, config=config)
     live.rebuild()
-    return replace(live.view.generation, number=number)
+    return live.view.generation
 
 
 def exchange(

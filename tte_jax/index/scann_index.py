@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -133,8 +134,7 @@ class ScannIndex:
 
     def prepare(self) -> Generation:
         """The staged vectors as a generation."""
-        number = self.live.view.generation.number + 1
-        return reembedding.build(self._store, number=number, config=self.live.config)
+        return reembedding.build(self._store, config=self.live.config)
 
     def exchange(
         self, prepared: Generation, promoted: Mapping[str, tuple[int, int]], embedder_version: str
@@ -142,7 +142,8 @@ class ScannIndex:
         """See `VectorIndex.exchange`."""
         config = self.live.config
         try:
-            live = reembedding.exchange(self._store, prepared, promoted, config)
+            green = replace(prepared, number=self.live.view.generation.number + 1)
+            live = reembedding.exchange(self._store, green, promoted, config)
         except Exception:
             # The database has changed over: serve what it says, however it is made.
             log.exception("the prepared index cannot be used; reading all vectors")
@@ -152,16 +153,14 @@ class ScannIndex:
         self.live = live
 
     def jobs(self) -> Sequence[Job]:
-        rebuild = Job("rebuild", self._rebuild_due, self._rebuild_if_free)
         return (
-            rebuild,
+            Job("rebuild", self._rebuild_due, self._rebuild_if_free),
             Job("snapshot", self._snapshot_due, self.snapshot),
             Job(
                 "recall",
                 lambda: self.live.needs_recall_check(),
                 lambda: self.live.measure_recall(),
             ),
-            rebuild,
         )
 
     @property

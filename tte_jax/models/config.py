@@ -7,13 +7,13 @@ understood.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tte_jax.errors import NotFoundError, PreconditionError
+from tte_jax.models.files import read_json
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
       NotFoundError: the directory or the file is missing.
-      PreconditionError: the file is not JSON.
+      PreconditionError: the file is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -159,14 +159,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             reason="MODEL_NOT_FOUND",
             path=directory,
         )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise PreconditionError(
-            f"{str(path)!r} is not valid JSON: {e}. Download the model again.",
-            reason="MODEL_CONFIG_INVALID",
-            path=path,
-        ) from e
+    return read_json(path, reason="MODEL_CONFIG_INVALID")
 
 
 def eos_ids(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:

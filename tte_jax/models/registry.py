@@ -15,12 +15,12 @@ The engine serves whatever has these: it takes the shapes of the host's arrays f
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tte_jax.errors import PreconditionError
 from tte_jax.models import qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from tte_jax.models.config import ModelConfig, read_config
+from tte_jax.models.files import read_json
 
 FAMILIES = {
     "qwen2": qwen2.parse,
@@ -36,7 +36,8 @@ def model_config(directory: str | Path) -> ModelConfig:
 
     Raises:
       NotFoundError: no `config.json` there.
-      PreconditionError: an unknown family, or a configuration with missing or unsupported keys.
+      PreconditionError: an unknown family, a configuration with missing or unsupported keys, or a
+        file that is not a JSON object.
     """
     directory = Path(directory)
     raw = read_config(directory)
@@ -49,5 +50,5 @@ def model_config(directory: str | Path) -> ModelConfig:
             model_type=family,
         )
     path = directory / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else None
+    generation = read_json(path) if path.is_file() else None
     return FAMILIES[family](raw, generation)

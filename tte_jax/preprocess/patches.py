@@ -6,9 +6,8 @@ Qwen2-VL, Qwen2.5-VL and Qwen3-VL share that processor; they differ in the value
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tte_jax.errors import InvalidInputError, NotFoundError, UnsupportedError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
+from tte_jax.models.files import read_json
 
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of *unmerged* patches."""
@@ -57,13 +57,14 @@ class ImageConfig:
 
         Raises:
           NotFoundError: neither file exists.
+          PreconditionError: the file is not a JSON object.
           UnsupportedError: the file asks for steps that these models' processors do not have.
         """
         old, new = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
         if old.is_file():
-            raw = json.loads(old.read_text("utf-8"))
+            raw = read_json(old)
         elif new.is_file():
-            raw = json.loads(new.read_text("utf-8")).get("image_processor", {})
+            raw = nested(read_json(new), "image_processor", new)
         else:
             raise NotFoundError(
                 f"{path} has no preprocessor_config.json; a model that reads images needs one "
@@ -71,7 +72,7 @@ class ImageConfig:
                 reason="PROCESSOR_NOT_FOUND",
             )
         check_steps(raw, str(path))
-        size: dict[str, Any] = raw.get("size") or {}
+        size = nested(raw, "size", path)
         low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         return cls(
@@ -83,6 +84,14 @@ class ImageConfig:
             mean=per_channel(raw, "image_mean", cls.mean),
             std=per_channel(raw, "image_std", cls.std),
         )
+
+    def at_most(self, patches: int) -> ImageConfig:
+        """These limits, lowered where an image could make more than `patches` patches."""
+        most = patches * self.patch_size**2
+        if self.max_pixels <= most:
+            return self
+        # Sides are rounded up when an image grows, so the smallest area keeps well below.
+        return replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
 
     @property
     def patch_dim(self) -> int:
@@ -171,6 +180,21 @@ def _normalised_levels(
     level = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     m, s = np.array(mean, np.float32), np.array(std, np.float32)
     return (level[None] - m[:, None]) / s[:, None]
+
+
+def nested(raw: dict[str, Any], key: str, where: str | Path) -> dict[str, Any]:
+    """The object at `key` of a processor's file, empty where there is none.
+
+    Raises:
+      PreconditionError: it is no object.
+    """
+    found = raw.get(key) or {}
+    if not isinstance(found, dict):
+        raise PreconditionError(
+            f"{key} of the image processor of {where} is {found!r}, expected an object",
+            reason="BAD_MODEL_FILE",
+        )
+    return found
 
 
 def per_channel(

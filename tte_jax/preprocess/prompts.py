@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from tte_jax.errors import (
     PreconditionError,
     UnsupportedError,
 )
+from tte_jax.models.files import read_json
 from tte_jax.preprocess import prompts_full, prompts_list, prompts_mini
 from tte_jax.preprocess.ecr import END_THINK, THINK, cut_words, parse_ecr, plain
 from tte_jax.preprocess.media import LoadMedia, media_loader
@@ -107,15 +107,7 @@ def read_spec(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    try:
-        spec = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise PreconditionError(
-            f"{file} is not valid JSON: {error}", reason="BAD_MODEL_FILE"
-        ) from error
-    if not isinstance(spec, dict):
-        raise PreconditionError(f"{file} does not hold a JSON object", reason="BAD_MODEL_FILE")
-    return spec
+    return read_json(file)
 
 
 def choose_task(content: Content, side: Side) -> Task:

@@ -9,11 +9,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from tte_jax.errors import NotFoundError, PreconditionError, UnsupportedError
+from tte_jax.errors import InvalidInputError, NotFoundError, PreconditionError, UnsupportedError
+from tte_jax.models.files import read_json
 from tte_jax.preprocess.ecr import END_THINK, THINK
 
 TAGS = (THINK, END_THINK)
@@ -51,11 +51,22 @@ class Tokenizer:
 
         Raises:
           NotFoundError: the directory has no tokenizer.
+          PreconditionError: `tokenizer.json` or `tokenizer_config.json` cannot be read.
+          UnsupportedError: the tokenizer is not byte-level BPE.
         """
         path = Path(path)
         names = _role_tokens(path)
-        if (path / "tokenizer.json").is_file():
-            return cls(HfTokenizer.from_file(str(path / "tokenizer.json")), names=names)
+        file = path / "tokenizer.json"
+        if file.is_file():
+            try:
+                backend = HfTokenizer.from_file(str(file))
+            except Exception as error:  # the library raises no other type
+                raise PreconditionError(
+                    f"{str(file)!r} is no tokenizer: {error}. Download the model again.",
+                    reason="BAD_MODEL_FILE",
+                    path=file,
+                ) from error
+            return cls(backend, names=names)
         try:
             from transformers import AutoTokenizer  # seconds to import, so only here
 
@@ -95,14 +106,23 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; text that looks like a control token stays text."""
+        """Ids of plain text; text that looks like a control token stays text.
+
+        Raises:
+          InvalidInputError: a lone surrogate.
+        """
         backend = self._backend
         # Normalisation (NFC) turns a few odd characters into ASCII ones, so look after it too.
         if self._any_added.search(text) or self._any_added.search(
             unicodedata.normalize("NFC", text)
         ):
             backend = self._without_controls
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # what has no UTF-8 is no text to it
+            raise InvalidInputError(
+                "the text holds a lone surrogate, which is not valid Unicode; send valid text"
+            ) from error
 
     @cached_property
     def closing_ids(self) -> tuple[int, ...]:
@@ -192,8 +212,7 @@ def _role_tokens(path: Path) -> dict[str, str]:
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return {}
-    raw: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    roles = {k: v for k, v in raw.items() if k.endswith("_token")}
+    roles = {k: v for k, v in read_json(file).items() if k.endswith("_token")}
     # Older files hold the token as an object with its flags.
     contents = {k: v.get("content") if isinstance(v, dict) else v for k, v in roles.items()}
     return {k: v for k, v in contents.items() if isinstance(v, str)}

@@ -67,9 +67,10 @@ def load_video(data: bytes, config: VideoConfig, *, field: str = "") -> VideoPat
       field: path of the request field, for the error.
 
     Raises:
-      InvalidInputError: empty (`EMPTY_VIDEO`), not a video (`UNREADABLE_VIDEO`), frames beyond
-        `MAX_IMAGE_PIXELS` (`VIDEO_TOO_LARGE`), more than `MAX_VIDEO_FRAMES` of them
-        (`VIDEO_TOO_LONG`), cut short or corrupt (`BROKEN_VIDEO`), or too elongated.
+      InvalidInputError: empty (`EMPTY_VIDEO`), not a video or of an unknown codec
+        (`UNREADABLE_VIDEO`), frames beyond `MAX_IMAGE_PIXELS` (`VIDEO_TOO_LARGE`), more than
+        `MAX_VIDEO_FRAMES` of them (`VIDEO_TOO_LONG`), cut short or corrupt (`BROKEN_VIDEO`), or too
+        elongated.
     """
     info = probe_video(data, field=field)
     indices = config.sample(info.frames, info.fps)
@@ -214,8 +215,16 @@ def _opened(data: bytes, field: str) -> Iterator[tuple[Any, Any]]:
     with container:
         if not container.streams.video:
             raise _unreadable(data, field)
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise InvalidInputError(
+                "the video cannot be decoded: its codec is not known here; send it coded as H.264, "
+                "VP9 or another common codec",
+                field=field,
+                reason="UNREADABLE_VIDEO",
+            )
         try:
-            yield container, container.streams.video[0]
+            yield container, stream
         except FFmpegError as error:
             raise InvalidInputError(
                 f"the video is corrupt ({len(data)} bytes); send the whole file",

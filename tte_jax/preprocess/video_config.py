@@ -7,7 +7,6 @@ frames together, and its prompt names the time of every frame.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from tte_jax.preprocess.patches import CLIP_MEAN, CLIP_STD, check_steps, per_channel, smart_resize
+from tte_jax.models.files import read_json
+from tte_jax.preprocess.patches import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_steps,
+    nested,
+    per_channel,
+    smart_resize,
+)
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -76,6 +83,7 @@ class VideoConfig:
           None when the directory has none of them: a text model.
 
         Raises:
+          PreconditionError: a file is not a JSON object.
           UnsupportedError: the file asks for steps that these models' processors do not have.
         """
         path = Path(path)
@@ -86,14 +94,14 @@ class VideoConfig:
         kind = f"{raw.get('video_processor_type', '')} {raw.get('processor_class', '')}"
         newer = "Qwen3VL" in kind or "qwen3" in str(_json(path / "config.json").get("model_type"))
         base = cls.qwen3_vl() if newer else cls()
-        size: dict[str, Any] = raw.get("size") or {}
+        size = nested(raw, "size", path)
         low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         known = ("patch_size", "temporal_patch_size", "merge_size", "min_frames", "max_frames")
         found: dict[str, Any] = {k: raw[k] for k in (*known, "fps") if raw.get(k)}
         if raw.get("max_video_tokens"):
             found["video_tokens"] = raw["max_video_tokens"]
-        ours = _json(path / "tte.json").get("video") or {}
+        ours = nested(_json(path / "tte.json"), "video", path)
         return replace(
             base,
             **{
@@ -189,16 +197,16 @@ class VideoConfig:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _processor(path: Path) -> dict[str, Any] | None:
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if name == "preprocessor_config.json":
-            nested = _json(path / "processor_config.json")
-            found = nested.get("video_processor") or None
-            if found is not None:
+            file = path / "processor_config.json"
+            if found := nested(_json(file), "video_processor", file):
                 return found
         if (path / name).is_file():
             return _json(path / name)
-    return _json(path / "processor_config.json").get("image_processor")
+    both = _json(path / "processor_config.json")
+    return nested(both, "image_processor", path) if "image_processor" in both else None

@@ -6,8 +6,7 @@ columns. That is how PyTorch lays out the weight of a linear layer, [out, in].
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +16,8 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy before safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tte_jax.errors import DataLossError, NotFoundError
+from tte_jax.errors import DataLossError, NotFoundError, PreconditionError
+from tte_jax.models.files import read_json
 from tte_jax.weights.table import normalise
 
 PIECE_VALUES = 4 * 2**20
@@ -70,6 +70,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
 
     Raises:
       NotFoundError: no weights, or files missing that the index names.
+      PreconditionError: two files hold a tensor of one name, or the index is none.
       DataLossError: a file that cannot be read, or lacks what the index says it holds.
     """
     index = directory / "model.safetensors.index.json"
@@ -81,9 +82,9 @@ def tensors(directory: Path) -> dict[str, Stored]:
                 " converted to safetensors first.",
                 reason="MODEL_WEIGHTS_NOT_FOUND",
             )
-        return {normalise(t.key): t for shard in shards for t in _headers(shard, None)}
+        return _by_name(t for shard in shards for t in _headers(shard, None))
     keys: dict[str, list[str]] = {}
-    for key, file in json.loads(index.read_text())["weight_map"].items():
+    for key, file in _weight_map(index).items():
         keys.setdefault(file, []).append(key)
     if absent := sorted(file for file in keys if not (directory / file).is_file()):
         raise NotFoundError(
@@ -91,8 +92,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
             " Download the model again.",
             reason="MODEL_WEIGHTS_NOT_FOUND",
         )
-    found = (t for file, named in keys.items() for t in _headers(directory / file, named))
-    return {normalise(t.key): t for t in found}
+    return _by_name(t for file, named in keys.items() for t in _headers(directory / file, named))
 
 
 def runs(shape: Sequence[int], chosen: Sequence[slice]) -> list[Run]:
@@ -122,6 +122,35 @@ def _places(all_runs: Sequence[Run], step: int) -> Iterator[tuple[int, Run]]:
             piece = (one, min(one + step, end))
             yield place, piece
             place += piece[1] - piece[0]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise PreconditionError(
+            f"{str(index)!r} has no weight_map, an object of tensors and their files. Download the "
+            "model again.",
+            reason="BAD_MODEL_FILE",
+            path=index,
+        )
+    return found
+
+
+def _by_name(stored: Iterable[Stored]) -> dict[str, Stored]:
+    """By the name in the weight table, which only one may have."""
+    found: dict[str, Stored] = {}
+    for tensor in stored:
+        other = found.setdefault(normalise(tensor.key), tensor)
+        if other is not tensor:
+            raise PreconditionError(
+                f"{other.key!r} of {str(other.path)!r} and {tensor.key!r} of {str(tensor.path)!r} "
+                "are the same tensor. Keep the files of one model only, or the index that says "
+                "which file has it (model.safetensors.index.json).",
+                reason="MODEL_WEIGHTS_MISMATCH",
+                tensor=tensor.key,
+            )
+    return found
 
 
 def _headers(path: Path, keys: Sequence[str] | None) -> list[Stored]:
